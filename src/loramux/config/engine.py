@@ -1,0 +1,158 @@
+"""Everything the engine is told at start, and the one place where every "auto" becomes a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loramux.config.lora import LoRAConfig
+from loramux.errors import ConfigError
+
+ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
+GIB = 1 << 30
+
+
+class EngineConfig(BaseModel):
+    """Model, memory and scheduling. Field names are vLLM's where vLLM has the field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str
+    """Path of a local folder, or a Hugging Face Hub id."""
+
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from `model`."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+
+    served_model_name: list[str] | None = None
+    """Names under which requests may ask for the base model; default: `model` itself."""
+
+    dtype: ModelDtype = "auto"
+    """Data type of weights and activations; `auto` takes what the checkpoint declares."""
+
+    device: str = "auto"
+    """`auto` (the GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    seed: int = 0
+    """Seed of the requests that bring none."""
+
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt plus answer in tokens; default: what the model was made for."""
+
+    block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens in one block of the KV cache."""
+
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    """Bytes for the KV cache. Default on a CPU: a quarter of the free memory, 4 GiB at most; on a
+    GPU: what `gpu_memory_utilization` leaves beside the weights and adapters."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory that loramux may take in all."""
+
+    enable_prefix_caching: bool = True
+    """Keep the KV blocks of finished requests and reuse them for equal prefixes."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Most requests in one step."""
+
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens in one step; longer prompts are prefilled in chunks. Default: 512 on a CPU,
+    8192 on a GPU."""
+
+    max_queue_len: int = Field(default=4096, ge=1)
+    """Most waiting requests; one more is refused with 429."""
+
+    adapter_patience_s: float = Field(default=2.0, ge=0)
+    """How long a request may wait for a place for its adapter, in seconds, before running ones
+    of other adapters are put back for it."""
+
+    chat_template: str | None = None
+    """A Jinja chat template, or the path of one, instead of the tokenizer's."""
+
+    lora: LoRAConfig | None = None
+    """The LoRA configuration; None serves the base model alone."""
+
+    @property
+    def model_names(self) -> list[str]:
+        return self.served_model_name or [self.model]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What was measured or read about model and machine before `resolve`; sizes in bytes."""
+
+    dtype: str
+    device: str
+    max_positions: int
+    kv_bytes_per_token: int
+    free_bytes: int
+    length_limit_reason: str = "the model's max_position_embeddings"
+
+
+def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
+    """Turn every "auto" into a value, once, in an order in which each step has what it needs.
+
+    Returns a new config; raises ConfigError with the field and the remedy.
+    """
+    length = _resolve_length(config, facts)
+    on_gpu = facts.device.startswith("cuda")
+    tokens = config.max_num_batched_tokens or (8192 if on_gpu else 512)
+    if tokens < 1:
+        raise ConfigError("max_num_batched_tokens must be positive", field="max_num_batched_tokens")
+    kv_bytes = config.kv_cache_memory_bytes or _default_kv_bytes(facts, on_gpu)
+    # No more than every sequence at full length could ever fill.
+    most = (length + config.block_size) * config.max_num_seqs * facts.kv_bytes_per_token
+    kv_bytes = min(kv_bytes, most)
+    needed = (length + config.block_size) * facts.kv_bytes_per_token
+    if kv_bytes < needed:
+        length = _shrink_length(config, facts, kv_bytes)
+    lora = config.lora.verify_with_model_config(facts) if config.lora else None
+    return config.model_copy(
+        update={
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "max_model_len": length,
+            "max_num_batched_tokens": tokens,
+            "kv_cache_memory_bytes": kv_bytes,
+            "lora": lora,
+        }
+    )
+
+
+def num_blocks(config: EngineConfig, facts: ModelFacts) -> int:
+    """Blocks that the KV budget of a resolved config pays for."""
+    assert config.kv_cache_memory_bytes is not None, "num_blocks needs a resolved config"
+    return config.kv_cache_memory_bytes // (config.block_size * facts.kv_bytes_per_token)
+
+
+def _resolve_length(config: EngineConfig, facts: ModelFacts) -> int:
+    length = config.max_model_len or facts.max_positions
+    if length > facts.max_positions:
+        raise ConfigError(
+            f"max_model_len {length} is beyond {facts.length_limit_reason} ({facts.max_positions})",
+            field="max_model_len",
+            remedy=f"use at most {facts.max_positions}",
+        )
+    return length
+
+
+def _default_kv_bytes(facts: ModelFacts, on_gpu: bool) -> int:
+    return facts.free_bytes if on_gpu else min(4 * GIB, facts.free_bytes // 4)
+
+
+def _shrink_length(config: EngineConfig, facts: ModelFacts, kv_bytes: int) -> int:
+    """Fit an unset max_model_len to the KV budget; refuse one that the user asked for."""
+    fits = kv_bytes // facts.kv_bytes_per_token - config.block_size
+    if config.max_model_len is not None or fits < 1:
+        need = ((config.max_model_len or 1) + config.block_size) * facts.kv_bytes_per_token
+        raise ConfigError(
+            f"the KV cache of {kv_bytes} bytes cannot hold one sequence of "
+            f"{config.max_model_len or 1} tokens, which takes {need} bytes",
+            field="kv_cache_memory_bytes",
+            remedy="raise --kv-cache-memory-bytes or lower --max-model-len",
+        )
+    return fits

@@ -1,0 +1,208 @@
+"""The LoRA configuration: vLLM's fields, names and defaults, each of them meaning something.
+
+Torch-free: data types are carried as strings and become torch dtypes where tensors are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from typing import Any, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from loramux.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LoRADtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+DUAL_STREAM_VARIABLE = "LORAMUX_LORA_ENABLE_DUAL_STREAM"
+
+# Fields that decide what is computed, and so take part in compute_hash().
+HASHED_FIELDS = (
+    "max_lora_rank",
+    "max_loras",
+    "fully_sharded_loras",
+    "lora_dtype",
+    "target_modules",
+    "enable_tower_connector_lora",
+    "specialize_active_lora",
+    "enable_mixed_moe_lora_format",
+)
+
+# Fields that do not: where weights wait on the host, and which adapter a request gets by default.
+UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras")
+
+# Fields whose machinery is not built yet: name -> (value that means "off", what it waits for).
+NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
+    "fully_sharded_loras": (False, "it shards adapters over tensor-parallel ranks"),
+    "default_mm_loras": (None, "it needs multimodal requests"),
+    "enable_tower_connector_lora": (False, "it needs multimodal models"),
+    "specialize_active_lora": (False, "it needs CUDA graphs"),
+    "enable_mixed_moe_lora_format": (False, "it needs mixture-of-experts adapters"),
+}
+
+_warned_dual_stream = False
+
+
+def _cuda_is_present() -> bool:
+    """Whether this machine has an NVIDIA driver; told from its device files, since torch is not here."""
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/proc/driver/nvidia/version")
+
+
+class ModelFactsLike(Protocol):
+    """The part of a model's facts that this config is checked against."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+
+class LoRAConfig(BaseModel):
+    """How many adapters, how large, where they live and what they may touch.
+
+    Field names and defaults are vLLM's. Unknown names are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_lora_rank: int = Field(default=16, ge=1)
+    """Largest rank `r` an adapter may have in any module. Any integer; a smaller adapter costs
+    only its own rows, not this many."""
+
+    max_loras: int = Field(default=1, ge=1)
+    """How many different adapters one step may use. That many of the largest rank always fit on
+    the device; more stay resident when they are smaller."""
+
+    fully_sharded_loras: bool = False
+    """Shard both LoRA factors over the tensor-parallel ranks instead of one of them: less memory
+    a rank, and less work for long inputs or large ranks, for one more small collective."""
+
+    max_cpu_loras: int | None = Field(default=None, ge=1)
+    """How many adapters are kept ready in host memory (least recently used goes first). At least
+    `max_loras`, which is also the default. More may be registered: they are read again."""
+
+    lora_dtype: LoRADtype = "auto"
+    """Data type in which adapters are stored and multiplied; `auto` takes the model's."""
+
+    target_modules: list[str] | None = None
+    """Serve LoRA on these modules only, by suffix (`q_proj`, `self_attn.o_proj`) or full name.
+    An adapter that touches another module is refused. None: every linear layer."""
+
+    default_mm_loras: dict[str, str] | None = None
+    """Modality to adapter path: the adapter of a request that carries this modality and names no
+    adapter itself."""
+
+    enable_tower_connector_lora: bool = False
+    """Serve adapters on the vision or audio tower and on the connector of multimodal models."""
+
+    specialize_active_lora: bool = False
+    """Capture CUDA graphs for several counts of active adapters instead of one for all."""
+
+    enable_mixed_moe_lora_format: bool = False
+    """Serve every layout of mixture-of-experts adapters in one deployment."""
+
+    @field_validator("lora_dtype", mode="before")
+    @classmethod
+    def _dtype_name(cls, value: Any) -> Any:
+        """Accept torch dtypes by their name, without importing torch, and None for `auto`."""
+        if value is None:
+            return "auto"
+        name = str(value)
+        return name.removeprefix("torch.") if name.startswith("torch.") else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_named(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (not value or not all(name.strip() for name in value)):
+            raise ValueError("target_modules must name at least one module; leave it out for all")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_max_cpu_loras(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("max_cpu_loras") is None:
+            data = {**data, "max_cpu_loras": data.get("max_loras", 1)}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.host_capacity < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras ({self.max_cpu_loras}) must be >= max_loras "
+                f"({self.max_loras}): an adapter on the device is also kept on the host"
+            )
+        self.dual_stream("cuda" if _cuda_is_present() else "cpu")
+        return self
+
+    @property
+    def host_capacity(self) -> int:
+        """`max_cpu_loras` with its default filled in."""
+        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    def compute_hash(self) -> str:
+        """Hex digest of every field that changes what is computed, equal in every process.
+
+        Keys the caches of tuning results and captured graphs.
+        """
+        factors = {name: getattr(self, name) for name in HASHED_FIELDS}
+        if factors["target_modules"] is not None:
+            factors["target_modules"] = sorted(set(factors["target_modules"]))
+        return hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()
+
+    def dual_stream(self, device: str) -> bool:
+        """Whether the shrink runs on a second CUDA stream, as `LORAMUX_LORA_ENABLE_DUAL_STREAM` asks.
+
+        Raises ConfigError where there is no CUDA. Off, with one warning, under
+        `fully_sharded_loras`, whose collectives need the shrink in order. The environment is only
+        read, never written.
+        """
+        global _warned_dual_stream
+        if os.environ.get(DUAL_STREAM_VARIABLE, "0").strip().lower() not in ("1", "true", "yes"):
+            return False
+        if not device.startswith("cuda"):
+            raise ConfigError(
+                f"{DUAL_STREAM_VARIABLE} is set, but the device is {device!r}",
+                field=DUAL_STREAM_VARIABLE,
+                remedy=f"unset {DUAL_STREAM_VARIABLE}: dual streams exist on CUDA only",
+            )
+        if self.fully_sharded_loras:
+            if not _warned_dual_stream:
+                logger.warning(
+                    "%s has no effect with fully_sharded_loras and is treated as off",
+                    DUAL_STREAM_VARIABLE,
+                )
+                _warned_dual_stream = True
+            return False
+        return True
+
+    def refuse_unserved(self) -> None:
+        """Raise ConfigError naming every field that is set and whose machinery is not there yet."""
+        reasons = [
+            f"{name}={getattr(self, name)!r} is not served yet: {why}"
+            for name, (off, why) in NOT_SERVED_YET.items()
+            if getattr(self, name) != off and getattr(self, name) not in (None, {})
+        ]
+        if reasons:
+            names = ", ".join(reason.split("=")[0] for reason in reasons)
+            raise ConfigError("; ".join(reasons), field=names, remedy=f"leave out {names}")
+
+    def verify_with_model_config(self, model: ModelFactsLike) -> LoRAConfig:
+        """Check this config against the model and device and fill in `lora_dtype`.
+
+        Returns a new object; this one stays as the user wrote it. Raises ConfigError.
+        """
+        self.refuse_unserved()
+        if self.dual_stream(model.device):
+            raise ConfigError(
+                f"{DUAL_STREAM_VARIABLE} is not served yet: it needs the CUDA kernels",
+                field=DUAL_STREAM_VARIABLE,
+                remedy=f"unset {DUAL_STREAM_VARIABLE}",
+            )
+        dtype = model.dtype if self.lora_dtype == "auto" else self.lora_dtype
+        return self.model_copy(update={"lora_dtype": dtype})

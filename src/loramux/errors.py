@@ -1,0 +1,113 @@
+"""Every error loramux raises on purpose, and nothing about HTTP (that table is `server/errors.py`).
+
+    LoramuxError
+    ├── RequestError (also ValueError)  the caller's fault; the message names the field and the remedy
+    │   ├── InvalidField                a value or combination that cannot be served
+    │   ├── PromptTooLong               prompt plus answer does not fit the context
+    │   ├── UnknownModel                neither the base model nor a served adapter
+    │   ├── AdapterNotFound             no such adapter name, or no such folder
+    │   ├── AdapterExists               the name is served already, or collides with the base model
+    │   ├── AdapterRejected             the files are not an adapter we can serve; carries every reason
+    │   └── Forbidden                   a path or an action that the operator did not allow
+    ├── ConfigError (also ValueError)   the operator's fault; loramux does not start
+    │   └── UnsupportedModel            the model does not use the doors that loramux enters by
+    └── EngineError                     our fault, or the machine's
+        ├── EngineStopped               the engine is shutting down or has died
+        ├── AdapterLoadFailed           an adapter that was accepted can no longer be read
+        └── Overloaded                  the queue is full; try again later
+
+All of them survive pickling, so they may cross a process boundary unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LoramuxError(Exception):
+    """Root of the tree. `message` is one line; `remedy`, when there is one, says what to do."""
+
+    def __init__(self, message: str, *, field: str | None = None, remedy: str | None = None):
+        self.message = message
+        self.field = field
+        self.remedy = remedy
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})" if self.remedy else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+def _rebuild(kind: type[LoramuxError], state: dict[str, Any]) -> LoramuxError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, state["message"])
+    error.__dict__.update(state)
+    return error
+
+
+class RequestError(LoramuxError, ValueError):
+    """The caller's fault."""
+
+
+class InvalidField(RequestError):
+    """A field of the request has a value that cannot be served."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt, or the prompt and the answer asked for, do not fit the model's context."""
+
+
+class UnknownModel(RequestError):
+    """The name is neither the base model nor a served adapter."""
+
+
+class AdapterNotFound(RequestError):
+    """There is no adapter of that name, or no such folder."""
+
+
+class AdapterExists(RequestError):
+    """The name is taken."""
+
+
+class AdapterRejected(RequestError):
+    """The files are no adapter that can be served as it is; `reasons` lists every cause found."""
+
+    def __init__(self, name: str, reasons: list[str], *, remedy: str | None = None):
+        self.adapter = name
+        self.reasons = list(reasons)
+        listed = "; ".join(self.reasons)
+        super().__init__(f"adapter {name!r} is refused: {listed}", field="lora_path", remedy=remedy)
+
+
+class Forbidden(RequestError):
+    """A path or an action that the operator did not allow."""
+
+
+class ConfigError(LoramuxError, ValueError):
+    """The operator's settings contradict each other, the model or the machine."""
+
+
+class UnsupportedModel(ConfigError):
+    """The model does not use the public doors by which loramux enters it."""
+
+
+class EngineError(LoramuxError):
+    """Not the caller's fault."""
+
+
+class EngineStopped(EngineError):
+    """The engine is shutting down or has died; the request was not finished."""
+
+
+class AdapterLoadFailed(EngineError):
+    """An adapter that was accepted before can no longer be read from its source."""
+
+
+class Overloaded(EngineError):
+    """Too many requests are waiting."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,243 @@
+"""The words that travel between packages: adapters, compositions, sampling settings, outputs.
+
+Knows nothing of torch, tokenizers or HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from loramux.errors import InvalidField, LoramuxError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+# A sum of scaled adapters: ((digest, scale), ...), sorted, no digest twice, no scale 0. () is the base.
+Composition = tuple[tuple[str, float], ...]
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One version of one adapter. Equal bytes have equal digests, whatever the name.
+
+    `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
+    `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
+    """
+
+    name: str
+    digest: str
+    source: str
+    max_r: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """What a request asks for: an adapter by name, and how strongly it applies."""
+
+    name: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InvalidField("an adapter needs a name", field="lora")
+        if not math.isfinite(self.scale):
+            raise InvalidField(f"scale must be finite, not {self.scale}", field="lora")
+
+
+def compose(members: Sequence[tuple[str, float]]) -> Composition:
+    """Canonical form of a list of (digest, scale): equal digests add up, scale 0 drops out.
+
+    >>> compose([("b", 1.0), ("a", 0.5), ("a", 0.25)])
+    (('a', 0.75), ('b', 1.0))
+    """
+    total: dict[str, float] = {}
+    for digest, scale in members:
+        total[digest] = total.get(digest, 0.0) + scale
+    return tuple(sorted((digest, scale) for digest, scale in total.items() if scale != 0.0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request is continued; names, defaults and meaning follow vLLM's.
+
+    Raises `InvalidField` (a ValueError) naming the first field that is out of range.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: every token
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: whatever the context leaves
+    min_tokens: int = 0
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        self._coerce()
+        for name, ok, need in self._rules():
+            if not ok:
+                raise InvalidField(
+                    f"{name} must be {need}, not {getattr(self, name)!r}", field=name
+                )
+
+    def _coerce(self) -> None:
+        """Accept what vLLM accepts: a single stop string, lists, a dict of biases."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        set_field = object.__setattr__
+        set_field(self, "stop", stop)
+        set_field(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        bias: Any = self.logit_bias or ()
+        pairs = bias.items() if isinstance(bias, dict) else bias
+        set_field(self, "logit_bias", tuple((int(token), float(value)) for token, value in pairs))
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        def between(value: float, low: float, high: float) -> bool:
+            return math.isfinite(value) and low <= value <= high
+
+        return [
+            ("n", 1 <= self.n <= 128, "between 1 and 128"),
+            ("presence_penalty", between(self.presence_penalty, -2, 2), "between -2 and 2"),
+            ("frequency_penalty", between(self.frequency_penalty, -2, 2), "between -2 and 2"),
+            (
+                "repetition_penalty",
+                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "greater than 0",
+            ),
+            ("temperature", between(self.temperature, 0, 100), "between 0 and 100"),
+            ("top_p", between(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
+            ("top_k", self.top_k >= -1, "-1, 0 or a positive number"),
+            ("min_p", between(self.min_p, 0, 1), "between 0 and 1"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            (
+                "min_tokens",
+                self.min_tokens >= 0
+                and (not self.max_tokens or self.min_tokens <= self.max_tokens),
+                "between 0 and max_tokens",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
+            (
+                "logit_bias",
+                all(t >= 0 and math.isfinite(v) for t, v in self.logit_bias),
+                "token ids with finite values",
+            ),
+        ]
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+    def with_max_tokens(self, max_tokens: int) -> SamplingParams:
+        return replace(self, max_tokens=max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (nats, of the model's own distribution) and vocabulary rank (1 = likeliest)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    decoded_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The chosen token and, likeliest first, the alternatives asked for."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one answer: what was added since the last Delta of the same (request, index).
+
+    The last one of an answer has a `finish_reason`; with "error", `error` says why.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: LoramuxError | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    adapters: tuple[tuple[AdapterRef, float], ...] = ()
+    arrival_s: float = 0.0
+
+    @property
+    def composition(self) -> Composition:
+        return compose([(ref.digest, scale) for ref, scale in self.adapters])
+
+
+AdapterState = Literal["loading", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """What an operator wants to know about one adapter version."""
+
+    ref: AdapterRef
+    state: AdapterState
+    users: int
+    on_host: bool
+    on_device: bool
+    load_s: float | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot of counters; the cumulative ones never go down."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    device_loads: int = 0
+    device_evictions: int = 0
+    host_loads: int = 0
+    host_evictions: int = 0
+    adapters: list[AdapterStatus] = field(default_factory=list)

@@ -1,0 +1,52 @@
+"""`resolve` turns every "auto" into a value, or says what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from loramux.config import EngineConfig, ModelFacts, num_blocks, resolve
+from loramux.errors import ConfigError
+
+FACTS = ModelFacts("float32", "cpu", 1000, 100, 1 << 30)
+
+
+def test_cpu_defaults() -> None:
+    config = resolve(EngineConfig(model="m"), FACTS)
+    assert config.max_model_len == 1000
+    assert config.max_num_batched_tokens == 512
+    # A quarter of the memory would be more than 256 full sequences can fill.
+    assert config.kv_cache_memory_bytes == 1016 * 256 * 100
+    assert num_blocks(config, FACTS) == 1016 * 256 * 100 // 1600
+    assert EngineConfig(model="m").max_model_len is None
+
+
+def test_gpu_defaults_take_what_is_left() -> None:
+    facts = ModelFacts("float32", "cuda", 1000, 100, 1 << 20)
+    config = resolve(EngineConfig(model="m"), facts)
+    assert (config.kv_cache_memory_bytes, config.max_num_batched_tokens) == (1 << 20, 8192)
+
+
+def test_length_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len 1001"):
+        resolve(EngineConfig(model="m", max_model_len=1001), FACTS)
+
+
+def test_small_cache_shortens_the_default_length_but_not_a_wish() -> None:
+    assert (
+        resolve(EngineConfig(model="m", kv_cache_memory_bytes=50_000), FACTS).max_model_len == 484
+    )
+    with pytest.raises(ConfigError, match="cannot hold"):
+        resolve(EngineConfig(model="m", kv_cache_memory_bytes=50_000, max_model_len=600), FACTS)
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="blocksize"):
+        EngineConfig(model="m", blocksize=16)
+
+
+def test_every_field_is_documented() -> None:
+    from loramux.config import LoRAConfig, ServerConfig
+
+    for section in (EngineConfig, LoRAConfig, ServerConfig):
+        missing = [n for n, f in section.model_fields.items() if not f.description and n != "host"]
+        assert not missing, f"{section.__name__}: {missing}"

@@ -1,0 +1,31 @@
+"""The error tree: drawn, picklable, on one line."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from loramux import errors
+from loramux.errors import AdapterRejected, LoramuxError, Overloaded
+
+
+def _tree(kind: type[LoramuxError]) -> list[type[LoramuxError]]:
+    return [kind, *(sub for child in kind.__subclasses__() for sub in _tree(child))]
+
+
+def _make(kind: type[LoramuxError]) -> LoramuxError:
+    if kind is AdapterRejected:
+        return AdapterRejected("a", ["one", "two"], remedy="do")
+    return kind("it went wrong", **({} if kind is Overloaded else {"field": "f", "remedy": "do"}))
+
+
+@pytest.mark.parametrize("kind", _tree(LoramuxError), ids=lambda k: k.__name__)
+def test_pickle_round_trip_and_drawing(kind: type[LoramuxError]) -> None:
+    error = _make(kind)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert again.__dict__ == error.__dict__
+    assert str(again) == str(error)
+    assert "\n" not in str(error)
+    assert kind.__name__ in (errors.__doc__ or "")

@@ -1,0 +1,164 @@
+"""Every field of LoRAConfig: names, defaults, validation, hash, and what is refused for now."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from loramux.config import EngineConfig, LoRAConfig, ModelFacts, resolve
+from loramux.config import lora as lora_module
+from loramux.config.lora import DUAL_STREAM_VARIABLE, HASHED_FIELDS, NOT_SERVED_YET, UNHASHED_FIELDS
+from loramux.errors import ConfigError
+
+DEFAULTS = {
+    "max_lora_rank": 16,
+    "max_loras": 1,
+    "fully_sharded_loras": False,
+    "max_cpu_loras": 1,
+    "lora_dtype": "auto",
+    "target_modules": None,
+    "default_mm_loras": None,
+    "enable_tower_connector_lora": False,
+    "specialize_active_lora": False,
+    "enable_mixed_moe_lora_format": False,
+}
+CHANGED = {
+    "max_lora_rank": 17,
+    "max_loras": 2,
+    "fully_sharded_loras": True,
+    "max_cpu_loras": 9,
+    "lora_dtype": "float32",
+    "target_modules": ["q_proj"],
+    "default_mm_loras": {"image": "somewhere"},
+    "enable_tower_connector_lora": True,
+    "specialize_active_lora": True,
+    "enable_mixed_moe_lora_format": True,
+}
+FACTS = ModelFacts("bfloat16", "cpu", 512, 1024, 1 << 30)
+
+
+def test_names_and_defaults() -> None:
+    assert LoRAConfig().model_dump() == DEFAULTS
+
+
+def test_every_field_is_hashed_or_declared_irrelevant() -> None:
+    declared = [*HASHED_FIELDS, *UNHASHED_FIELDS]
+    assert sorted(declared) == sorted(LoRAConfig.model_fields), "a new field is in neither list"
+    assert len(declared) == len(set(declared))
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED))
+def test_hash_changes_exactly_for_hashed_fields(name: str) -> None:
+    base = LoRAConfig(max_cpu_loras=8).compute_hash()
+    changed = LoRAConfig(**{"max_cpu_loras": 8, name: CHANGED[name]}).compute_hash()
+    assert (changed != base) == (name in HASHED_FIELDS)
+
+
+def test_hash_is_stable_across_processes_and_order() -> None:
+    code = (
+        "from loramux.config import LoRAConfig;"
+        "print(LoRAConfig(target_modules=['b', 'a'], max_loras=3).compute_hash())"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert hashes == {LoRAConfig(target_modules=["a", "b"], max_loras=3).compute_hash()}
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 16, 100, 511])
+def test_any_rank(rank: int) -> None:
+    assert LoRAConfig(max_lora_rank=rank).max_lora_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_lora_rank": 0}, "max_lora_rank"),
+        ({"max_loras": 0}, "max_loras"),
+        ({"max_loras": 4, "max_cpu_loras": 3}, r"max_cpu_loras \(3\) must be >= max_loras \(4\)"),
+        ({"lora_dtype": "int8"}, "lora_dtype"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": [" "]}, "target_modules"),
+        ({"max_lora_ranks": 8}, "max_lora_ranks"),
+    ],
+)
+def test_refused_values(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**settings)
+
+
+def test_max_cpu_loras_defaults_to_max_loras() -> None:
+    assert LoRAConfig(max_loras=5).max_cpu_loras == 5
+    assert LoRAConfig(max_loras=5, max_cpu_loras=7).host_capacity == 7
+
+
+def test_torch_dtypes_and_none_are_accepted() -> None:
+    import torch
+
+    assert LoRAConfig(lora_dtype=torch.float16).lora_dtype == "float16"
+    assert LoRAConfig(lora_dtype=None).lora_dtype == "auto"
+
+
+def test_verify_fills_dtype_in_a_new_object() -> None:
+    config = LoRAConfig()
+    verified = config.verify_with_model_config(FACTS)
+    assert (verified.lora_dtype, config.lora_dtype) == ("bfloat16", "auto")
+    kept = LoRAConfig(lora_dtype="float32").verify_with_model_config(FACTS)
+    assert kept.lora_dtype == "float32"
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED_YET))
+def test_fields_without_machinery_are_refused_by_name(name: str) -> None:
+    config = LoRAConfig(**{name: CHANGED[name]})
+    with pytest.raises(ConfigError, match=name):
+        config.verify_with_model_config(FACTS)
+    with pytest.raises(ConfigError, match=name):
+        resolve(EngineConfig(model="m", lora=config), FACTS)
+
+
+def test_all_unserved_fields_are_named_at_once() -> None:
+    config = LoRAConfig(**{name: CHANGED[name] for name in NOT_SERVED_YET})
+    with pytest.raises(ConfigError) as caught:
+        config.refuse_unserved()
+    assert all(name in str(caught.value) for name in NOT_SERVED_YET)
+
+
+def test_dual_stream_is_refused_off_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_module, "_cuda_is_present", lambda: False)
+    monkeypatch.setenv(DUAL_STREAM_VARIABLE, "1")
+    with pytest.raises(ValueError, match=DUAL_STREAM_VARIABLE):
+        LoRAConfig()
+
+
+def test_dual_stream_under_full_sharding_is_off_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lora_module, "_cuda_is_present", lambda: True)
+    monkeypatch.setattr(lora_module, "_warned_dual_stream", False)
+    monkeypatch.setenv(DUAL_STREAM_VARIABLE, "1")
+    before = dict(os.environ)
+    with caplog.at_level(logging.WARNING):
+        configs = [LoRAConfig(fully_sharded_loras=True) for _ in range(3)]
+        assert not any(config.dual_stream("cuda") for config in configs)
+    assert len(caplog.records) == 1
+    assert dict(os.environ) == before
+    assert LoRAConfig().dual_stream("cuda:0")
+
+
+def test_dual_stream_is_refused_by_name_until_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_module, "_cuda_is_present", lambda: True)
+    monkeypatch.setenv(DUAL_STREAM_VARIABLE, "1")
+    facts = ModelFacts("bfloat16", "cuda", 512, 1024, 1 << 30)
+    with pytest.raises(ConfigError, match=DUAL_STREAM_VARIABLE):
+        LoRAConfig().verify_with_model_config(facts)
