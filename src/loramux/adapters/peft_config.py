@@ -1,0 +1,279 @@
+"""`adapter_config.json`, read with suspicion: what PEFT saved, what we serve, what we refuse.
+
+Torch-free. Patterns come from strangers, so they are matched with a time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import regex
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_PATTERN_CHARS = 2000
+MATCH_TIMEOUT_S = 0.2
+
+# Keys that change what is computed and that we serve.
+SUPPORTED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+}
+
+# Keys that change nothing at inference, whatever their value.
+HARMLESS = {
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "lora_dropout",
+    "auto_mapping",
+    "peft_version",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+    "qalora_group_size",
+    "megatron_core",
+}
+
+# Keys that we refuse when set: why, in the user's words.
+REFUSED = {
+    "use_dora": "DoRA is not served yet",
+    "bias": "trained biases are not served yet",
+    "lora_bias": "a bias on lora_B is not served yet",
+    "modules_to_save": "fully trained modules are not served yet",
+    "trainable_token_indices": "trained token embeddings are not served yet",
+    "target_parameters": "LoRA on bare parameters (experts) is not served yet",
+    "alora_invocation_tokens": "activated LoRA is not served yet",
+    "layer_replication": "layer replication changes the base model and cannot share it",
+    "fan_in_fan_out": "transposed weights (Conv1D layers) are not served yet",
+    "megatron_config": "Megatron layers are not served",
+    "use_qalora": "QALoRA is not served",
+    "use_bdlora": "block-diagonal LoRA is not served",
+    "ensure_weight_tying": "tied adapted weights are not served yet",
+}
+
+# init_lora_weights values after which the saved A and B are a plain difference to the base model.
+PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The part of the file that decides what is computed."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+    def r_of(self, module: str) -> int:
+        """Rank of `module`: the first matching rank_pattern, else `r`."""
+        return int(_first_match(self.rank_pattern, module, self.r))
+
+    def scale_of(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns applied to both."""
+        r = self.r_of(module)
+        alpha = float(_first_match(self.alpha_pattern, module, self.alpha))
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would put LoRA on `module`, by the rules of its own documentation."""
+        if _excluded(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                return True
+            return _fullmatch(self.target_modules, module)
+        if module in self.target_modules:
+            return True
+        if not any(module.endswith(f".{suffix}") for suffix in self.target_modules):
+            return False
+        return self.layers_to_transform is None or self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            if found := _search(pattern, module):
+                assert self.layers_to_transform is not None
+                return int(found) in self.layers_to_transform
+        return False
+
+
+def read_config(folder: Path) -> tuple[PeftConfig | None, bytes, list[str]]:
+    """Parse the folder's adapter_config.json.
+
+    Returns (config, canonical bytes for the digest, reasons); config is None when it cannot be
+    read at all. Every reason found is listed, not only the first.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        if not path.is_file():
+            return None, b"", [f"{CONFIG_NAME} is missing"]
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            return None, b"", [f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes"]
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return None, b"", [f"{CONFIG_NAME} cannot be read: {type(error).__name__}: {error}"]
+    if not isinstance(data, dict):
+        return None, b"", [f"{CONFIG_NAME} is not a JSON object"]
+    reasons = _unserved(data) + _badly_typed(data)
+    config = None if _badly_typed(data) else _build(data)
+    canonical = {key: data[key] for key in sorted(data) if key in SUPPORTED}
+    return config, json.dumps(canonical, sort_keys=True).encode(), reasons
+
+
+def _unserved(data: dict[str, Any]) -> list[str]:
+    reasons = []
+    if str(data.get("peft_type", "LORA")).upper() != "LORA":
+        reasons.append(f"peft_type is {data['peft_type']!r}; only LORA is served")
+    for key, value in data.items():
+        off = value in (None, False, "", "none") or value == [] or value == {}
+        if off or key in SUPPORTED or key in HARMLESS:
+            continue
+        reason = REFUSED.get(key, "this setting is unknown to loramux")
+        reasons.append(f"{key}={value!r}: {reason}"[:300])
+    init = data.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in PLAIN_INITS:
+        reasons.append(
+            f"init_lora_weights={init!r}: it may change the base weights; save the adapter with "
+            "path_initial_model_for_weight_conversion to get an ordinary one"
+        )
+    return reasons
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(v, str) for v in value)
+    )
+
+
+def _badly_typed(data: dict[str, Any]) -> list[str]:
+    reasons = []
+    for key in ("r", "lora_alpha", "target_modules"):
+        if data.get(key) is None:
+            reasons.append(f"{key} is missing from {CONFIG_NAME}")
+    if data.get("r") is not None and not (_is_int(data["r"]) and data["r"] >= 1):
+        reasons.append(f"r must be a whole number of at least 1, not {data['r']!r}")
+    if data.get("lora_alpha") is not None and not _is_number(data["lora_alpha"]):
+        reasons.append(f"lora_alpha must be a finite number, not {data['lora_alpha']!r}")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = data.get(key)
+        if value is not None and not _is_names(value):
+            reasons.append(f"{key} must be a string or a list of strings")
+    layers = data.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(_is_int(n) for n in numbers):
+        reasons.append("layers_to_transform must be a whole number or a list of them")
+    for key, valid in (
+        ("rank_pattern", lambda v: _is_int(v) and v >= 1),
+        ("alpha_pattern", _is_number),
+    ):
+        value = data.get(key) or {}
+        if not (isinstance(value, dict) and all(valid(v) for v in value.values())):
+            reasons.append(f"{key} must map patterns to positive numbers")
+    return reasons + _bad_patterns(data)
+
+
+def _bad_patterns(data: dict[str, Any]) -> list[str]:
+    """Reasons for patterns that are too long or do not compile."""
+    patterns: list[str] = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        if isinstance(data.get(key), dict):
+            patterns += list(data[key])
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(data.get(key), str):
+            patterns.append(data[key])
+    layers = data.get("layers_pattern") or []
+    if _is_names(layers):
+        patterns += [layers] if isinstance(layers, str) else layers
+    reasons = []
+    for pattern in patterns:
+        if len(pattern) > MAX_PATTERN_CHARS:
+            reasons.append(f"the pattern {pattern[:40]!r}... is too long")
+            continue
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            reasons.append(f"the pattern {pattern!r} is no regular expression: {error}")
+    return reasons
+
+
+def _build(data: dict[str, Any]) -> PeftConfig:
+    layers = data.get("layers_to_transform")
+    if _is_int(layers):
+        layers = [layers]
+    return PeftConfig(
+        r=data["r"],
+        alpha=float(data["lora_alpha"]),
+        use_rslora=bool(data.get("use_rslora")),
+        rank_pattern=data.get("rank_pattern") or {},
+        alpha_pattern=data.get("alpha_pattern") or {},
+        target_modules=_names(data["target_modules"]),
+        exclude_modules=_names(data.get("exclude_modules") or []),
+        layers_to_transform=tuple(layers) if layers else None,
+        layers_pattern=_listed(data.get("layers_pattern")),
+    )
+
+
+def _names(value: Any) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    if not value:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _excluded(exclude: Sequence[str] | str, module: str) -> bool:
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return _fullmatch(exclude, module)
+    return module in exclude or any(module.endswith(f".{name}") for name in exclude)
+
+
+def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name after a dot, else by name."""
+    for pattern, value in patterns.items():
+        if _fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+            return value
+    return default
+
+
+def _fullmatch(pattern: str, text: str) -> bool:
+    return regex.fullmatch(pattern, text, timeout=MATCH_TIMEOUT_S) is not None
+
+
+def _search(pattern: str, text: str) -> str | None:
+    found = regex.match(pattern, text, timeout=MATCH_TIMEOUT_S)
+    return found.group(1) if found else None

@@ -1,0 +1,151 @@
+"""Who sits where on the device: rank rows in integers, no tensors.
+
+    slot 0                      slot 1                      (max_loras slots of max_lora_rank rows)
+    |aaaaaaaa|bbbb|....|        |cccccccccccccccc|          a: r 8, b: r 4, c: r 16
+
+An adapter of rank r takes r neighbouring rows of one slot, so small ones share a slot and none is
+padded. Because an adapter never spans slots, at most `max_loras - 1` held adapters leave one slot
+without a holder, whose idle tenants can go: one more always fits, whatever came before.
+
+A *holder* is a request that needs the adapter where it is. Held adapters are never evicted; idle
+ones go least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(slots=True)
+class _Tenant:
+    first_row: int
+    r: int
+    slot: int
+    state: Literal["loading", "resident"] = "loading"
+    holders: int = 0
+    doomed: bool = False  # removed while its weights were still being written
+
+
+class AdapterPool:
+    """Places of adapters in the rank-row pool."""
+
+    def __init__(self, max_loras: int, max_lora_rank: int):
+        self.max_loras = max_loras
+        self.rows_per_slot = max_lora_rank
+        self.evictions = 0
+        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # least recently used first
+
+    @property
+    def num_rows(self) -> int:
+        return self.max_loras * self.rows_per_slot
+
+    def row_of(self, digest: str) -> int:
+        """First row of a resident adapter."""
+        tenant = self._tenants[digest]
+        assert tenant.state == "resident", "asked for an adapter that is not there. This is a bug."
+        return tenant.first_row
+
+    def is_resident(self, digest: str) -> bool:
+        tenant = self._tenants.get(digest)
+        return tenant is not None and tenant.state == "resident"
+
+    def has_holder(self, digest: str) -> bool:
+        tenant = self._tenants.get(digest)
+        return tenant is not None and tenant.holders > 0
+
+    def held(self) -> set[str]:
+        """Digests that cannot go now: some request holds them, or their weights are on the way."""
+        return {d for d, t in self._tenants.items() if t.holders or t.state == "loading"}
+
+    def can_hold(self, digests: Iterable[str]) -> bool:
+        """Whether these fit beside everything held now, at most `max_loras` in all."""
+        return len(self.held().union(digests)) <= self.max_loras
+
+    def hold(self, digest: str, r: int) -> int | None:
+        """Add a holder. Returns the first row to load into if the adapter was absent, else None.
+
+        The caller has asked `can_hold`; then there is always room.
+        """
+        tenant = self._tenants.get(digest)
+        if tenant is not None:
+            self._tenants.move_to_end(digest)
+            tenant.holders += 1
+            tenant.doomed = False
+            return None
+        slot, first_row = self._find(r)
+        self._tenants[digest] = _Tenant(first_row, r, slot, holders=1)
+        return first_row
+
+    def release(self, digest: str) -> None:
+        tenant = self._tenants[digest]
+        tenant.holders -= 1
+        assert tenant.holders >= 0, "released more often than held. This is a bug."
+
+    def loaded(self, digest: str) -> None:
+        """The weights are in their rows."""
+        tenant = self._tenants[digest]
+        tenant.state = "resident"
+        if tenant.doomed and not tenant.holders:
+            del self._tenants[digest]
+
+    def load_failed(self, digest: str) -> None:
+        """The weights did not arrive; its holders must have been released."""
+        assert not self._tenants[digest].holders, "a failed adapter is still held. This is a bug."
+        del self._tenants[digest]
+
+    def drop(self, digest: str) -> None:
+        """The version is gone for good: free its rows as soon as nobody writes them."""
+        tenant = self._tenants.get(digest)
+        if tenant is None or tenant.holders:
+            return
+        if tenant.state == "loading":
+            tenant.doomed = True
+        else:
+            del self._tenants[digest]
+
+    def resident(self) -> list[str]:
+        return [d for d, tenant in self._tenants.items() if tenant.state == "resident"]
+
+    def check_integrity(self) -> None:
+        """No holder is left, and no two adapters share a row."""
+        assert not any(t.holders for t in self._tenants.values()), "adapter holders leaked"
+        rows = [
+            row for t in self._tenants.values() for row in range(t.first_row, t.first_row + t.r)
+        ]
+        assert len(rows) == len(set(rows)), "two adapters share a row"
+
+    def _find(self, r: int) -> tuple[int, int]:
+        """(slot, first row) with r free rows, evicting idle adapters if it must."""
+        assert r <= self.rows_per_slot, "an adapter larger than max_lora_rank came this far"
+        for slot in range(self.max_loras):
+            if (row := self._gap(slot, r)) is not None:
+                return slot, row
+        while True:
+            slot = self._evict_one()
+            if (row := self._gap(slot, r)) is not None:
+                return slot, row
+
+    def _gap(self, slot: int, r: int) -> int | None:
+        """First row of r free neighbours in `slot`, or None."""
+        start = slot * self.rows_per_slot
+        end = start + self.rows_per_slot
+        taken = sorted((t.first_row, t.r) for t in self._tenants.values() if t.slot == slot)
+        row = start
+        for first, count in [*taken, (end, 0)]:
+            if first - row >= r:
+                return row
+            row = first + count
+        return None
+
+    def _evict_one(self) -> int:
+        """Evict the least recently used idle adapter, from a slot nobody holds where there is one."""
+        blocked = {t.slot for t in self._tenants.values() if t.holders or t.state == "loading"}
+        idle = [d for d, t in self._tenants.items() if not t.holders and t.state == "resident"]
+        free = [d for d in idle if self._tenants[d].slot not in blocked]
+        assert free or idle, "no adapter can be evicted: can_hold was not asked. This is a bug."
+        digest = (free or idle)[0]
+        self.evictions += 1
+        return self._tenants.pop(digest).slot

@@ -1,0 +1,128 @@
+"""Adapters from disk to host memory, in a thread of their own: the step loop never waits for a file.
+
+add(name, folder)   read, check, digest -> registry READY, host cache     (blocks the caller only)
+fetch(ref)          host cache, or read again from the source             (returns a Future)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from loramux.adapters.host_cache import HostCache
+from loramux.adapters.peft import read_adapter
+from loramux.adapters.registry import Registry
+from loramux.adapters.weights import AdapterWeights
+from loramux.config import LoRAConfig
+from loramux.errors import AdapterLoadFailed, LoramuxError
+from loramux.schema import ModelSchema
+from loramux.types import AdapterRef, AdapterStatus
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterStore:
+    """Registry and host cache over a reader thread."""
+
+    def __init__(
+        self,
+        schema: ModelSchema,
+        config: LoRAConfig,
+        dtype: torch.dtype,
+        *,
+        reserved_names: list[str],
+        on_gone: Callable[[str], None],
+    ):
+        self._schema = schema
+        self._config = config
+        self._dtype = dtype
+        self._on_gone = on_gone
+        self.host = HostCache[AdapterWeights](config.host_capacity)
+        self.registry = Registry(reserved_names, self._gone)
+        self.reads = 0
+        self.on_load: Callable[[AdapterRef, float], None] | None = None
+        # One reader: two would only compete for the same disk and cores.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+
+    def add(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
+        """Serve the adapter in `path` under `name`.
+
+        Blocks while it is read; call it outside the step loop. Raises AdapterExists,
+        AdapterNotFound or AdapterRejected, and then nothing has changed.
+        """
+        with self.registry.loading(name, replace=replace):
+            start = time.perf_counter()
+            weights = self._reader.submit(self._read, name, path).result()
+            self.host.put(weights.ref.digest, weights)
+            load_s = time.perf_counter() - start
+            ref = self.registry.publish(weights.ref, load_s)
+        self._report(ref, load_s)
+        return ref
+
+    def remove(self, name: str) -> AdapterRef:
+        """Stop serving `name`; see `Registry.remove`."""
+        return self.registry.remove(name)
+
+    def fetch(self, ref: AdapterRef) -> Future[AdapterWeights]:
+        """The weights of exactly this version. The future fails with AdapterLoadFailed when the
+        files are gone or have changed since."""
+        return self._reader.submit(self._fetch, ref)
+
+    def status(self, on_device: Callable[[str], bool]) -> list[AdapterStatus]:
+        """One entry a served name."""
+        rows = []
+        for name in self.registry.names():
+            if (ref := self.registry.current(name)) is None:
+                continue
+            rows.append(
+                AdapterStatus(
+                    ref=ref,
+                    state="ready",
+                    users=self.registry.users(ref.digest),
+                    on_host=ref.digest in self.host,
+                    on_device=on_device(ref.digest),
+                    load_s=self.registry.load_s(ref.digest),
+                )
+            )
+        return rows
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, name: str, path: str) -> AdapterWeights:
+        self.reads += 1
+        weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype)
+        return weights
+
+    def _fetch(self, ref: AdapterRef) -> AdapterWeights:
+        if (cached := self.host.get(ref.digest)) is not None:
+            return cached
+        start = time.perf_counter()
+        try:
+            weights = self._read(ref.name, ref.source)
+        except LoramuxError as error:
+            raise AdapterLoadFailed(
+                f"adapter {ref.name!r} was evicted from host memory and can no longer be read: {error}",
+                remedy="restore its files, or raise max_cpu_loras",
+            ) from error
+        if weights.ref.digest != ref.digest:
+            raise AdapterLoadFailed(
+                f"the files of adapter {ref.name!r} have changed since it was loaded",
+                remedy="load it again with load_inplace to serve the new version",
+            )
+        self.host.put(ref.digest, weights)
+        self._report(ref, time.perf_counter() - start)
+        return weights
+
+    def _report(self, ref: AdapterRef, seconds: float) -> None:
+        logger.info("read adapter %r, digest %s, in %.3f s", ref.name, ref.digest[:12], seconds)
+        if self.on_load is not None:
+            self.on_load(ref, seconds)
+
+    def _gone(self, digest: str) -> None:
+        self.host.drop(digest)
+        self._on_gone(digest)
