@@ -1,0 +1,119 @@
+"""What the ops of `loramux.kernels` are told beside plain tensors; the layers build these.
+
+All three may carry a note that one implementation leaves for itself (pointers already looked up,
+lists already split) in `notes`; nobody else reads it. The objects are therefore built anew when a
+tensor in them is replaced, never edited.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+NormMode = Literal["llama", "plain", "gemma"]
+"""Where an RMS norm rounds: `llama` weight * cast(norm); `plain` cast(norm * weight), as in OLMo 2
+and gpt-oss; `gemma` cast(norm * (1 + weight))."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoRASite:
+    """The adapter pool as one (merged) linear layer sees it: `S` slices share the input.
+
+    An adapter of rank r with first row p owns rows p..p+r-1. Rows that nobody owns may hold
+    anything, NaN included.
+    """
+
+    a: torch.Tensor
+    """[S, R, in], contiguous, f32 / bf16 / f16: the A matrices, one row per rank and slice."""
+
+    b: torch.Tensor
+    """[R, N], contiguous, dtype of `a`: row k is row k of B^T, all slices side by side."""
+
+    slice_starts: tuple[int, ...]
+    """S+1 column offsets into N: slice s owns columns slice_starts[s]:slice_starts[s+1]."""
+
+    row_r: torch.Tensor
+    """[S, R] int32: rank of the adapter whose first row this is; 0: it leaves the slice alone."""
+
+    row_scale: torch.Tensor
+    """[S, R] float32: alpha/r (or its rsLoRA form) of the adapter whose first row this is."""
+
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        slices, rows, _ = self.a.shape
+        width = self.slice_starts[-1]
+        expected = {
+            "b": (self.b, (rows, width), self.a.dtype),
+            "row_r": (self.row_r, (slices, rows), torch.int32),
+            "row_scale": (self.row_scale, (slices, rows), torch.float32),
+            "a": (self.a, tuple(self.a.shape), self.a.dtype),
+        }
+        for name, (tensor, shape, dtype) in expected.items():
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(f"LoRASite.{name} must be a contiguous {shape} of {dtype}")
+        starts = self.slice_starts
+        if len(starts) != slices + 1 or starts[0] != 0 or list(starts) != sorted(starts):
+            raise ValueError(f"slice_starts {starts} do not cut {width} columns in {slices}")
+
+    @property
+    def num_slices(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Which tokens of a step take which adapters. Tokens in no segment belong to the base model.
+
+    Segments do not overlap; an empty one (start == end) is allowed. Segment g adds the members
+    member_offsets[g] .. member_offsets[g+1]-1. All tensors contiguous, on the ops' device.
+    """
+
+    starts: torch.Tensor
+    """[G] int32: first token."""
+
+    ends: torch.Tensor
+    """[G] int32: one past the last token."""
+
+    member_offsets: torch.Tensor
+    """[G+1] int32."""
+
+    member_rows: torch.Tensor
+    """[M] int32: first pool row p of each member's adapter."""
+
+    member_scales: torch.Tensor
+    """[M] float32: the request's own factor, on top of `LoRASite.row_scale`."""
+
+    num_segments: int
+    """G; with 0 an op returns without looking at the tensors."""
+
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionBatch:
+    """Where the sequences of a step lie in the query rows and in the paged cache.
+
+    Sequence i owns query rows query_starts[i]:query_starts[i+1]; they stand at positions
+    context_lens[i]-q_len .. context_lens[i]-1. Position p lies in slot
+    block_tables[i, p // block_size] * block_size + p % block_size.
+    """
+
+    block_tables: torch.Tensor
+    """[Q, max_blocks] int32; entries past a sequence's last block are never read."""
+
+    query_starts: list[int]
+    """Q+1 row offsets."""
+
+    context_lens: list[int]
+    """Q lengths in tokens, this step's tokens included."""
+
+    query_starts_tensor: torch.Tensor
+    """[Q+1] int32: `query_starts` on the ops' device."""
+
+    context_lens_tensor: torch.Tensor
+    """[Q] int32: `context_lens` on the ops' device."""
+
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -1,0 +1,338 @@
+"""The ops on the CPU: checks in Python, work in C++ (`cpu_kernels.cpp`), called through ctypes.
+
+A model step makes some hundred of these calls, so each looks up what stays the same once and
+leaves it in the `notes` of its argument object. Inputs that the C++ does not take go to the twin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from loramux.kernels import cpu_prefill, reference
+from loramux.kernels.arguments import AttentionBatch, LoRASite, NormMode, Segments
+from loramux.kernels.cpu_build import Libraries, library
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODES: dict[str, int] = {"llama": 0, "plain": 1, "gemma": 2}
+LONG_CHUNK = 16
+"""From this many queries of one sequence on, attention by matrix products is faster."""
+HOLD_ROWS = 32
+"""Calls with at most this many rows are too short to hand Python's lock to another thread."""
+
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_SIGNATURES = {
+    "loramux_lora_delta": [_P, _P, _P, _I, _P, _I, _I, _I, _I],
+    "loramux_attention": [_P],
+    "loramux_write_kv": [_P, _I, _I, _P, _I, _I, _P, _I, _I, _P, _I, _I, _P, _I, _I, _I, _I],
+    "loramux_rms_norm": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _D, _I, _I, _I],
+    "loramux_silu_mul": [_P, _I, _P, _I, _P, _I, _I, _I, _I],
+    "loramux_rope": [_P, _I, _I, _I, _P, _I, _I, _I, _P, _I, _P, _I, _I, _I, _I, _I],
+}
+
+
+class _Attention(ctypes.Structure):
+    """`AttentionArgs` of cpu_attention.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("q", "k", "v", "out", "tables", "starts", "contexts", "chosen")),
+        *((name, _I) for name in ("num_chosen", "table_stride", "q_token", "q_head", "k_block")),
+        *((name, _I) for name in ("v_block", "heads", "kv_heads", "dim", "v_dim", "block_size")),
+        *((name, _I) for name in ("window", "dtype", "threads", "num_blocks")),
+        *((name, _D) for name in ("scaling", "softcap")),
+    ]
+
+
+class _Site(ctypes.Structure):
+    """`Site` of cpu_lora.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("a", "b", "row_r", "row_scale", "slice_starts")),
+        *((name, _I) for name in ("slices", "rows", "in_features", "width", "dtype")),
+    ]
+
+
+class _Segments(ctypes.Structure):
+    """`Segments` of cpu_lora.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("starts", "ends", "offsets", "member_rows", "member_scales")),
+        ("count", _I),
+    ]
+
+
+def _with_signatures(libraries: Libraries | None) -> tuple[Any, Any]:
+    if libraries is None:
+        raise ImportError("the CPU kernels are not available")
+    for name, types in _SIGNATURES.items():
+        for handle in (libraries.holding, libraries.releasing):
+            getattr(handle, name).argtypes = types
+            getattr(handle, name).restype = ctypes.c_int
+    return libraries.holding, libraries.releasing
+
+
+_holding, _releasing = _with_signatures(library())
+
+
+def _site(site: LoRASite) -> ctypes.c_void_p | None:
+    """Address of the site's C struct; None if the C++ does not know its dtype."""
+    if "cpu" not in site.notes:
+        if site.a.dtype not in DTYPES:
+            site.notes["cpu"] = (None,)
+        else:
+            slices, rows, width = site.a.shape
+            starts = (_I * (slices + 1))(*site.slice_starts)
+            struct = _Site(
+                site.a.data_ptr(),
+                site.b.data_ptr(),
+                site.row_r.data_ptr(),
+                site.row_scale.data_ptr(),
+                ctypes.addressof(starts),
+                *(slices, rows, width, site.slice_starts[-1], DTYPES[site.a.dtype]),
+            )
+            site.notes["cpu"] = (ctypes.c_void_p(ctypes.addressof(struct)), struct, starts)
+    address: ctypes.c_void_p | None = site.notes["cpu"][0]
+    return address
+
+
+def _segments(segments: Segments) -> ctypes.c_void_p:
+    """Address of the segments' C struct."""
+    if "cpu" not in segments.notes:
+        tensors = {
+            torch.int32: ("starts", "ends", "member_offsets", "member_rows"),
+            torch.float32: ("member_scales",),
+        }
+        pointers = []
+        for dtype, names in tensors.items():
+            for name in names:
+                tensor = getattr(segments, name)
+                if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+                    raise ValueError(f"Segments.{name} must be contiguous {dtype} on the CPU")
+                pointers.append(tensor.data_ptr())
+        struct = _Segments(*pointers, segments.num_segments)
+        segments.notes["cpu"] = (ctypes.c_void_p(ctypes.addressof(struct)), struct)
+    address: ctypes.c_void_p = segments.notes["cpu"][0]
+    return address
+
+
+def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments) -> None:
+    """See `loramux.kernels.lora_delta`: `y` [T, N] += deltas from `x` [T, in]."""
+    if segments.num_segments == 0:
+        return
+    dtype, address = DTYPES.get(y.dtype), _site(site)
+    x_stride, x_step = x.stride()
+    y_stride, y_step = y.stride()
+    if dtype is None or address is None or x_step != 1 or y_step != 1:
+        return reference.lora_delta(y, x, site, segments)
+    rows, features = x.shape
+    if x.dtype != y.dtype or y.shape != (rows, site.slice_starts[-1]):
+        raise ValueError(f"lora_delta: y {tuple(y.shape)} {y.dtype} does not go with x {x.dtype}")
+    if features != site.a.shape[2]:
+        raise ValueError(f"lora_delta: x has {features} features, the site {site.a.shape[2]}")
+    handle = _holding if rows <= HOLD_ROWS else _releasing
+    if handle.loramux_lora_delta(
+        *(address, _segments(segments), x.data_ptr(), x_stride, y.data_ptr(), y_stride),
+        *(rows, dtype, torch.get_num_threads()),
+    ):
+        raise ValueError("lora_delta: a segment points outside the tokens or the pool")
+    return None
+
+
+def _is_paged(cache: torch.Tensor) -> bool:
+    """Whether a cache [num_blocks, block_size, Hkv, D] is contiguous within each block."""
+    heads, dim = cache.shape[2:]
+    return cache.stride()[1:] == (heads * dim, dim, 1) or cache[0].is_contiguous()
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """See `loramux.kernels.write_kv`."""
+    tokens, heads, _ = k.shape
+    _, size, cache_heads, k_dim = k_cache.shape
+    v_dim, width = v_cache.shape[3], k.dtype.itemsize
+    k_strides, v_strides = k.stride(), v.stride()
+    plain = k_strides[2] == 1 and v_strides[2] == 1 and slots.is_contiguous()
+    if not (plain and _is_paged(k_cache) and _is_paged(v_cache) and k.dtype == k_cache.dtype):
+        return reference.write_kv(k, v, k_cache, v_cache, slots)
+    expected = ((tokens, cache_heads, k_dim), (tokens, cache_heads, v_dim), (tokens,))
+    if (k.shape, v.shape, slots.shape) != expected or slots.dtype != torch.int64:
+        raise ValueError(f"write_kv: k {tuple(k.shape)}, v {tuple(v.shape)} do not fit the cache")
+    if _holding.loramux_write_kv(
+        *(k.data_ptr(), k_strides[0] * width, k_strides[1] * width),
+        *(k_cache.data_ptr(), k_cache.stride(0) * width, k_dim * width),
+        *(v.data_ptr(), v_strides[0] * width, v_strides[1] * width),
+        *(v_cache.data_ptr(), v_cache.stride(0) * width, v_dim * width),
+        *(slots.data_ptr(), tokens, heads, size, min(k_cache.shape[0], v_cache.shape[0])),
+    ):
+        raise ValueError("write_kv: a slot lies outside the cache")
+    return None
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See `loramux.kernels.paged_attention`; long chunks go to `cpu_prefill`."""
+    dtype = DTYPES.get(q.dtype)
+    plain = q.stride(2) == 1 and k_cache.dtype == q.dtype == v_cache.dtype
+    if dtype is None or not (plain and _is_paged(k_cache) and _is_paged(v_cache)):
+        return reference.paged_attention(q, k_cache, v_cache, batch, scaling, window, softcap)
+    short, long, covered = _split(batch, k_cache.shape[1])
+    tokens, heads, _ = q.shape
+    out = q.new_empty(tokens, heads, v_cache.shape[3])  # [T, H, Dv]
+    if covered < tokens:
+        out[covered:] = 0
+    chosen = short if softcap == 0 else short + long
+    if chosen:
+        _attend(q, k_cache, v_cache, out, batch, chosen, (scaling, window, softcap, dtype))
+    if softcap == 0:
+        for i in long:
+            cpu_prefill.attend(q, k_cache, v_cache, out, batch, i, scaling, window)
+    return out
+
+
+def _split(batch: AttentionBatch, block_size: int) -> tuple[list[int], list[int], int]:
+    """Sequences of few queries, those of many, and the number of query rows they cover."""
+    if "cpu" not in batch.notes:
+        starts = batch.query_starts
+        counts = [end - start for start, end in pairwise(starts)]
+        if starts[0] != 0 or len(batch.context_lens) != len(counts):
+            raise ValueError("AttentionBatch: query_starts must be Q+1 offsets from 0")
+        tables = batch.block_tables
+        if max(batch.context_lens, default=0) > tables.shape[1] * block_size:
+            raise ValueError("AttentionBatch: a context is longer than its block table")
+        for tensor in (tables, batch.query_starts_tensor, batch.context_lens_tensor):
+            if tensor.dtype != torch.int32 or tensor.stride(-1) != 1 or not tensor.is_cpu:
+                raise ValueError("AttentionBatch: tensors must be int32 on the CPU")
+        short = [i for i, count in enumerate(counts) if 0 < count < LONG_CHUNK]
+        long = [i for i, count in enumerate(counts) if count >= LONG_CHUNK]
+        batch.notes["cpu"] = (short, long, starts[-1])
+    split: tuple[list[int], list[int], int] = batch.notes["cpu"]
+    return split
+
+
+def _attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    batch: AttentionBatch,
+    chosen: list[int],
+    rest: tuple[float, int, float, int],
+) -> None:
+    """Fill `out` [T, H, Dv] for `chosen` sequences; rest: scaling, window, softcap, dtype."""
+    notes, key = batch.notes, f"cpu {len(chosen)}"
+    if key not in notes:
+        notes[key] = (ctypes.c_int32 * len(chosen))(*chosen)
+    scaling, window, softcap, dtype = rest
+    _, size, kv_heads, dim = k_cache.shape
+    tables, (q_token, q_head, _) = batch.block_tables, q.stride()
+    struct = _Attention(
+        *(q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()),
+        *(tables.data_ptr(), batch.query_starts_tensor.data_ptr()),
+        *(batch.context_lens_tensor.data_ptr(), ctypes.addressof(notes[key])),
+        *(len(chosen), tables.stride(0), q_token, q_head, k_cache.stride(0), v_cache.stride(0)),
+        *(q.shape[1], kv_heads, dim, v_cache.shape[3], size, window, dtype),
+        *(torch.get_num_threads(), k_cache.shape[0], scaling, softcap),
+    )
+    if _releasing.loramux_attention(ctypes.addressof(struct)):
+        raise ValueError("paged_attention: a block table points outside the cache")
+
+
+def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A tensor [..., D] as rows of unit step, and the step between rows in elements."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor, tensor.stride(0)
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    return tensor, tensor.shape[-1]
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, mode: NormMode = "llama"
+) -> torch.Tensor:
+    """See `loramux.kernels.rms_norm`."""
+    dtype = DTYPES.get(x.dtype)
+    if dtype is None or weight.dtype != x.dtype or not weight.is_contiguous():
+        return reference.rms_norm(x, weight, eps, mode)
+    rows, stride = _rows(x)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)  # [..., D]
+    size = weight.shape[0]
+    _holding.loramux_rms_norm(
+        *(rows.data_ptr(), stride, None, 0, weight.data_ptr(), out.data_ptr(), None),
+        *(x.numel() // size, size, eps, MODES[mode], dtype, torch.get_num_threads()),
+    )
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    mode: NormMode = "llama",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `loramux.kernels.add_rms_norm`."""
+    dtype = DTYPES.get(x.dtype)
+    same = weight.dtype == x.dtype == residual.dtype and x.shape == residual.shape
+    if dtype is None or not same or not weight.is_contiguous():
+        return reference.add_rms_norm(x, residual, weight, eps, mode)
+    (rows, stride), (others, other_stride) = _rows(x), _rows(residual)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)  # [..., D]
+    total = torch.empty_like(out)  # [..., D]
+    size = weight.shape[0]
+    _holding.loramux_rms_norm(
+        *(rows.data_ptr(), stride, others.data_ptr(), other_stride),
+        *(weight.data_ptr(), out.data_ptr(), total.data_ptr()),
+        *(x.numel() // size, size, eps, MODES[mode], dtype, torch.get_num_threads()),
+    )
+    return out, total
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """See `loramux.kernels.silu_mul`."""
+    dtype = DTYPES.get(gate.dtype)
+    if dtype is None or up.dtype != gate.dtype or up.shape != gate.shape:
+        return reference.silu_mul(gate, up)
+    (gates, gate_stride), (ups, up_stride) = _rows(gate), _rows(up)
+    out = torch.empty_like(gates, memory_format=torch.contiguous_format)  # [..., I]
+    size = gate.shape[-1]
+    _holding.loramux_silu_mul(
+        *(gates.data_ptr(), gate_stride, ups.data_ptr(), up_stride, out.data_ptr()),
+        *(gate.numel() // size, size, dtype, torch.get_num_threads()),
+    )
+    return out
+
+
+def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """See `loramux.kernels.rope`."""
+    dtype = DTYPES.get(q.dtype)
+    q_strides, k_strides = q.stride(), k.stride()
+    cos_strides, sin_strides = cos.stride(), sin.stride()
+    same = q.dtype == k.dtype == cos.dtype == sin.dtype
+    steps = q_strides[2] == k_strides[2] == cos_strides[1] == sin_strides[1] == 1
+    if dtype is None or not same or not steps:
+        return reference.rope(q, k, cos, sin)
+    tokens, heads, _ = q.shape
+    if cos.shape != sin.shape or cos.shape[0] != tokens or k.shape[0] != tokens:
+        raise ValueError(f"rope: {tokens} tokens do not go with cos {tuple(cos.shape)}")
+    _holding.loramux_rope(
+        *(q.data_ptr(), q_strides[0], q_strides[1], heads),
+        *(k.data_ptr(), k_strides[0], k_strides[1], k.shape[1]),
+        *(cos.data_ptr(), cos_strides[0], sin.data_ptr(), sin_strides[0]),
+        *(tokens, cos.shape[1] // 2, dtype, torch.get_num_threads()),
+    )
+    return None

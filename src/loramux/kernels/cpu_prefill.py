@@ -1,0 +1,56 @@
+"""Attention for long chunks of one sequence on the CPU: gather its blocks, then torch's SDPA."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from loramux.kernels.arguments import AttentionBatch
+from loramux.kernels.reference import gather_positions, hidden_mask
+
+MASK_ELEMENTS = 1 << 22
+"""Queries are cut so that no mask grows beyond this."""
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    batch: AttentionBatch,
+    i: int,
+    scaling: float,
+    window: int,
+) -> None:
+    """Fill sequence `i`'s rows of `out` [T, H, Dv] from `q` [T, H, D] and the paged caches."""
+    start, end = batch.query_starts[i], batch.query_starts[i + 1]
+    context = batch.context_lens[i]
+    first = max(0, context - (end - start) + 1 - window) if window else 0
+    keys = gather_positions(k_cache, batch.block_tables[i], first, context)  # [c, Hkv, D]
+    values = gather_positions(v_cache, batch.block_tables[i], first, context)  # [c, Hkv, Dv]
+    queries = q[start:end]  # [q, H, D]
+    if context == end - start and (window == 0 or window >= context):
+        out[start:end] = _sdpa(queries, keys, values, None, scaling)  # [q, H, Dv]
+        return
+    step = max(16, MASK_ELEMENTS // (context - first))
+    for lo in range(0, end - start, step):
+        hi = min(lo + step, end - start)
+        last = context - (end - start) + hi
+        low = max(first, last - (hi - lo) + 1 - window) if window else first
+        seen = ~hidden_mask(hi - lo, last, low, window, q.device)  # [hi - lo, last - low]
+        part = slice(low - first, last - first)
+        result = _sdpa(queries[lo:hi], keys[part], values[part], seen, scaling)
+        out[start + lo : start + hi] = result  # [hi - lo, H, Dv]
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """[q, H, D], [c, Hkv, D], [c, Hkv, Dv], mask [q, c] or causal -> [q, H, Dv]."""
+    grouped = k.shape[1] != q.shape[1]
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, H, q, D]
+    causal = seen is None
+    result = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )  # [1, H, q, Dv]
+    return result[0].transpose(0, 1)  # [q, H, Dv]

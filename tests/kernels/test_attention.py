@@ -1,0 +1,148 @@
+"""`write_kv` and `paged_attention` against float64, one query at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import (
+    DTYPES,
+    NAN,
+    STEP,
+    assert_close,
+    attention_oracle,
+    fill_cache,
+    int32,
+    make_batch,
+    poisoned,
+    strided,
+    without_notes,
+)
+
+from loramux.kernels import AttentionBatch
+from loramux.kernels.dispatch import Backend
+
+MIXED = [(1, 1), (1, 37), (3, 40), (0, 5), (15, 15), (2, 70), (17, 17), (18, 50)]
+
+
+def check(
+    ops: Backend,
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    block_size: int = 16,
+) -> None:
+    """Blocks that a window has left behind are gone from the table and hold NaN."""
+    firsts = [max(0, context - q + 1 - window) if window else 0 for q, context in lengths]
+    batch, blocks = make_batch(lengths, block_size, firsts)
+    k_cache = fill_cache(batch, blocks, block_size, heads[1], dims[0], dtype)
+    v_cache = fill_cache(batch, blocks, block_size, heads[1], dims[1], dtype)
+    tokens = batch.query_starts[-1]
+    q = strided(tokens, heads[0], dims[0], dtype=dtype)
+    scaling = dims[0] ** -0.5
+    out = ops.paged_attention(q, k_cache, v_cache, batch, scaling, window, softcap)
+    wanted = attention_oracle(q, k_cache, v_cache, batch, scaling, window, softcap)
+    assert out.dtype == dtype and out.shape == wanted.shape
+    # Torch's SDPA, used for long chunks, rounds the softmax weights to the dtype as well.
+    assert_close(out, wanted, steps=2.0, floor=max(2e-5, STEP[dtype]))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 64), (256, 256), (20, 36)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_and_head_sizes(ops: Backend, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    check(ops, MIXED, (4, 2), dims, dtype)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 1), (5, 5)], ids=str)
+def test_grouped_heads(ops: Backend, heads: tuple[int, int]) -> None:
+    check(ops, MIXED, heads, (32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 1, 6, 33, 1000])
+def test_windows_and_softcaps(ops: Backend, window: int, softcap: float, block_size: int) -> None:
+    dims = (32, 32)
+    options = {"window": window, "softcap": softcap, "block_size": block_size}
+    check(ops, MIXED, (4, 2), dims, torch.float32, **options)
+
+
+def test_a_long_context_is_split_and_merged(ops: Backend) -> None:
+    check(ops, [(1, 900), (2, 1500)], (2, 1), (64, 64), torch.float32)
+    check(ops, [(3, 1300)], (2, 1), (64, 64), torch.float32, window=700)
+
+
+def test_queries_of_a_long_chunk_are_cut(ops: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramux.kernels.cpu_prefill.MASK_ELEMENTS", 1)
+    check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32)
+    check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32, window=21)
+
+
+def test_scores_of_any_size(ops: Backend) -> None:
+    batch, blocks = make_batch([(1, 40)], 16)
+    k_cache = fill_cache(batch, blocks, 16, 1, 32, torch.float32) * 1e4
+    v_cache = fill_cache(batch, blocks, 16, 1, 32, torch.float32)
+    q = torch.randn(1, 1, 32)
+    out = ops.paged_attention(q, k_cache, v_cache, batch, 1.0)
+    assert_close(out, attention_oracle(q, k_cache, v_cache, batch, 1.0, 0, 0.0))
+
+
+def test_rows_of_nobody_are_zero_and_the_batch_can_be_used_again(ops: Backend) -> None:
+    batch, blocks = make_batch([(1, 9), (18, 18)], 16)
+    cache = fill_cache(batch, blocks, 16, 1, 16, torch.float32)
+    q = torch.randn(22, 1, 16)
+    first = ops.paged_attention(q, cache, cache, batch, 0.3)
+    assert not first[19:].any() and first[:19].abs().min(-1).values.all()
+    capped = ops.paged_attention(q, cache, cache, batch, 0.3, 0, 5.0)
+    assert torch.equal(first, ops.paged_attention(q, cache, cache, batch, 0.3))
+    assert torch.equal(
+        capped, ops.paged_attention(q, cache, cache, without_notes(batch), 0.3, 0, 5.0)
+    )
+
+
+def test_the_cache_may_be_one_half_of_a_larger_tensor(ops: Backend) -> None:
+    batch, blocks = make_batch([(1, 30), (4, 12)], 8)
+    both = poisoned(blocks, 2, 8, 2, 16, dtype=torch.float32)
+    k_cache, v_cache = both[:, 0], both[:, 1]
+    k_cache.copy_(fill_cache(batch, blocks, 8, 2, 16, torch.float32))
+    v_cache.copy_(fill_cache(batch, blocks, 8, 2, 16, torch.float32))
+    q = torch.randn(5, 4, 16)
+    out = ops.paged_attention(q, k_cache, v_cache, batch, 0.25)
+    assert_close(out, attention_oracle(q, k_cache, v_cache, batch, 0.25, 0, 0.0), floor=1e-5)
+    k = torch.randn(2, 2, 16)
+    ops.write_kv(k, k * 2, k_cache, v_cache, torch.tensor([17, 3]))
+    assert torch.equal(k_cache[2, 1], k[0]) and torch.equal(v_cache[0, 3], k[1] * 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_write_kv(ops: Backend, dtype: torch.dtype) -> None:
+    merged = strided(6, 3 * 24 + 3 * 40, dtype=dtype)
+    k = merged[:, :72].view(6, 3, 24)
+    v = merged[:, 72:].view(6, 3, 40)
+    k_cache, v_cache = poisoned(5, 4, 3, 24, dtype=dtype), poisoned(5, 4, 3, 40, dtype=dtype)
+    slots = torch.tensor([7, 0, 19, 4, 5, 6])
+    ops.write_kv(k, v, k_cache, v_cache, slots)
+    assert torch.equal(k_cache.flatten(0, 1)[slots], k)
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
+    assert int(k_cache.isnan().sum()) == 14 * 72
+    assert int(v_cache.isnan().sum()) == 14 * 120
+
+
+def test_indices_that_point_outside_are_refused() -> None:
+    cpu = pytest.importorskip("loramux.kernels.cpu")
+    cache, k = torch.zeros(2, 4, 1, 8), torch.full((1, 1, 8), NAN)
+    for slot in (-1, 8):
+        with pytest.raises(ValueError, match="slot"):
+            cpu.write_kv(k, k, cache, cache.clone(), torch.tensor([slot]))
+    for block in (-1, 2):
+        tables = torch.tensor([[block]], dtype=torch.int32)
+        batch = AttentionBatch(tables, [0, 1], [3], int32([0, 1]), int32([3]))
+        with pytest.raises(ValueError, match="block table"):
+            cpu.paged_attention(k, cache, cache, batch, 1.0)
+    batch = AttentionBatch(int32([0]).view(1, 1), [0, 1], [5], int32([0, 1]), int32([5]))
+    with pytest.raises(ValueError, match="longer"):
+        cpu.paged_attention(k, cache, cache, batch, 1.0)
+    assert not cache.any()
