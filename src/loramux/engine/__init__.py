@@ -1,0 +1,1 @@
+"""Scheduling, execution and answers: requests in, Deltas out."""

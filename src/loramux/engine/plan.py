@@ -1,0 +1,75 @@
+"""What passes between the scheduler, which decides with integers, and the runner, which has tensors.
+
+A `StepPlan` is frozen and whole: nothing else is read to execute it, so it can be sent to other
+processes as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loramux.types import AdapterRef, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to choose the next token of a row.
+
+    `seed` with the number of tokens chosen so far fixes the random draw, whatever else is in the
+    batch. `prompt_ids` and `output_ids` are there only if a penalty needs them.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    stop_ids: tuple[int, ...] = ()  # forbidden before min_tokens
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's share of a step: tokens at positions [start, start + len(token_ids))."""
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    members: tuple[
+        tuple[int, float], ...
+    ]  # (first pool row, scale) of each adapter; () is the base
+    sample: SampleSpec | None  # None while the prompt is not finished
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Rows with equal members are neighbours; base rows come first."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """Bring this version to the rank rows from `first_row` on."""
+
+    ref: AdapterRef
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token a row chose, and its log-probabilities if they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """sequence id -> chosen token, for the rows that had a `sample`."""
+
+    sampled: dict[int, Sampled]

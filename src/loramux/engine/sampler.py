@@ -1,0 +1,132 @@
+"""From logits to tokens, a row at a time where rows differ, all at once where they do not.
+
+Order of operations, as in vLLM: log-probabilities of the raw logits; bias and penalties;
+temperature; min-p; top-k and top-p; a draw. A draw depends on the row's seed and position alone, so
+an answer with a seed is the same in every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loramux.engine.plan import Sampled, SampleSpec
+from loramux.types import SamplingParams, TokenLogprob, TokenLogprobs
+
+
+def sample(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+    """Choose a token for each row of `logits` [B, V]; `logits` is not changed."""
+    logits = logits.float()  # [B, V]
+    wants = [spec.params.logprobs is not None for spec in specs]
+    raw = logits.log_softmax(dim=-1) if any(wants) else None  # [B, V]
+    adjusted = _adjust(logits, specs)  # [B, V]
+    chosen = adjusted.argmax(dim=-1)  # [B]
+    drawn = [i for i, spec in enumerate(specs) if not spec.params.greedy]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)  # [D]
+        chosen[index] = _draw(adjusted[index], [specs[i] for i in drawn])
+    tokens = chosen.tolist()
+    if raw is None:
+        return [Sampled(token) for token in tokens]
+    return [
+        Sampled(token, _logprobs(raw[i], token, specs[i].params) if wants[i] else None)
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _adjust(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    """Biases, penalties and forbidden stops; the same tensor where no row has any."""
+    touched = [i for i, spec in enumerate(specs) if _touches(spec)]
+    if not touched:
+        return logits
+    logits = logits.clone()  # [B, V]
+    for i in touched:
+        _adjust_row(logits[i], specs[i])
+    return logits
+
+
+def _touches(spec: SampleSpec) -> bool:
+    return bool(spec.params.logit_bias or spec.stop_ids or spec.prompt_ids or spec.output_ids)
+
+
+def _adjust_row(row: torch.Tensor, spec: SampleSpec) -> None:
+    """Change one row [V] in place."""
+    params = spec.params
+    if spec.prompt_ids or spec.output_ids:
+        _penalise(row, spec)
+    for token, bias in params.logit_bias:
+        row[token] += bias
+    if spec.stop_ids:
+        row[list(spec.stop_ids)] = -torch.inf
+
+
+def _penalise(row: torch.Tensor, spec: SampleSpec) -> None:
+    params, device = spec.params, row.device
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*spec.prompt_ids, *spec.output_ids}), device=device)  # [U]
+        values = row[seen]  # [U]
+        factor = params.repetition_penalty
+        row[seen] = torch.where(values > 0, values / factor, values * factor)
+    if spec.output_ids and (params.frequency_penalty or params.presence_penalty):
+        output = torch.tensor(spec.output_ids, device=device)  # [N]
+        tokens, counts = output.unique(return_counts=True)  # [U], [U]
+        row[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    """One random token for each row of `logits` [D, V]: argmax of p / e with e ~ Exp(1)."""
+    temperature = _column(logits, [s.params.temperature for s in specs])  # [D, 1]
+    logits = logits / temperature
+    logits = _cut_min_p(logits, specs)
+    logits = _cut_top(logits, specs)
+    probabilities = logits.softmax(dim=-1)  # [D, V]
+    noise = torch.stack([_noise(spec, logits.shape[-1]) for spec in specs])  # [D, V]
+    return (probabilities / noise.to(logits.device)).argmax(dim=-1)  # [D]
+
+
+def _noise(spec: SampleSpec, size: int) -> torch.Tensor:
+    """Exp(1) draws that depend on seed and position only; made on the CPU so devices agree."""
+    generator = torch.Generator().manual_seed((spec.seed * 1_000_003 + spec.position) % (1 << 63))
+    return torch.empty(size).exponential_(generator=generator).clamp_(min=1e-30)  # [V]
+
+
+def _cut_min_p(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    if not any(s.params.min_p > 0 for s in specs):
+        return logits
+    min_p = _column(logits, [max(s.params.min_p, 1e-30) for s in specs])  # [D, 1]
+    floor = logits.amax(dim=-1, keepdim=True) + min_p.log()  # [D, 1]
+    return logits.masked_fill(logits < floor, -torch.inf)
+
+
+def _cut_top(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    """Keep the top_k likeliest tokens, then the fewest of them that hold top_p of the mass."""
+    size = logits.shape[-1]
+    top_k = [s.params.top_k if 0 < s.params.top_k < size else size for s in specs]
+    top_p = [s.params.top_p for s in specs]
+    if min(top_k) == size and min(top_p) >= 1.0:
+        return logits
+    ordered, index = logits.sort(dim=-1, descending=True)  # [D, V]
+    position = torch.arange(size, device=logits.device)  # [V]
+    cut = position >= _column(logits, top_k)  # [D, V]
+    mass = ordered.masked_fill(cut, -torch.inf).softmax(dim=-1).cumsum(dim=-1)  # [D, V]
+    before = mass - ordered.masked_fill(cut, -torch.inf).softmax(dim=-1)  # [D, V]
+    cut |= (before >= _column(logits, top_p)) & (position > 0)  # the likeliest token always stays
+    return logits.masked_fill(cut.scatter(-1, index, cut), -torch.inf)  # [D, V]
+
+
+def _column(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(-1)  # [D, 1]
+
+
+def _logprobs(row: torch.Tensor, token: int, params: SamplingParams) -> TokenLogprobs:
+    """The chosen token's log-probability and rank, and the likeliest alternatives, from [V]."""
+    value = row[token]
+    rank = int((row > value).sum()) + 1
+    count = min(params.logprobs or 0, row.shape[-1])
+    values, tokens = row.topk(count)  # [count]
+    top = tuple(
+        TokenLogprob(t, v, i + 1)
+        for i, (t, v) in enumerate(zip(tokens.tolist(), values.tolist(), strict=True))
+    )
+    return TokenLogprobs(TokenLogprob(token, float(value), rank), top)

@@ -1,0 +1,182 @@
+"""The engine as asyncio sees it: a step loop in a thread of its own, Deltas as async iterators.
+
+News travels once a step: the loop's thread hands a whole step's Deltas to the event loop in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from loramux.config import EngineConfig
+from loramux.engine.engine import Engine
+from loramux.errors import EngineError, EngineStopped, LoramuxError
+from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncEngine:
+    """What the server talks to."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.config: EngineConfig = engine.config
+        self.failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._queues: dict[str, asyncio.Queue[Delta]] = {}
+        self._stopping = False
+        self._halt = False
+        self._failed = asyncio.Event()
+
+    @classmethod
+    def create(cls, config: EngineConfig) -> AsyncEngine:
+        """Load everything; takes seconds. Raises ConfigError or UnsupportedModel."""
+        return cls(Engine(config))
+
+    async def start(self) -> None:
+        """Start the step loop on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+        self._thread.start()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, let running ones finish for `drain_s` seconds, end the rest with
+        an EngineStopped error, and stop the loop."""
+        self._stopping = True
+        self._engine.stop()
+        deadline = time.monotonic() + drain_s
+        while self._engine.has_requests and self.failure is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._halt = True
+        self._engine.inbox.post(lambda: None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._engine.close)
+
+    async def failed(self) -> None:
+        """Return when the step loop has died; `failure` says of what."""
+        await self._failed.wait()
+
+    # --- text ----------------------------------------------------------------------------------
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return await asyncio.to_thread(
+            self._engine.text.encode, text, add_special_tokens=add_special_tokens
+        )
+
+    async def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Messages -> prompt tokens. Raises InvalidField when the chat template refuses them."""
+        return await asyncio.to_thread(
+            self._engine.text.render_chat,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=template_kwargs,
+        )
+
+    def decode_token(self, token_id: int) -> str:
+        return self._engine.text.decode([token_id])
+
+    # --- requests ------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        adapters: Sequence[AdapterUse] = (),
+    ) -> AsyncIterator[Delta]:
+        """Deltas of all n answers. Leaving the iterator early cancels the request.
+
+        Raises RequestError, Overloaded or EngineStopped before the first Delta; later faults come
+        as a Delta with an error.
+        """
+        if self._stopping or self.failure is not None:
+            raise EngineStopped(
+                "the engine is shutting down" if self._stopping else "the engine died"
+            )
+        queue: asyncio.Queue[Delta] = asyncio.Queue()
+        if request_id in self._queues:
+            request_id = f"{request_id}-{id(queue):x}"
+        self._queues[request_id] = queue
+        remaining = params.n
+        submitted = False
+        try:
+            self._engine.submit(request_id, prompt_token_ids, params, adapters)
+            submitted = True
+            if self.failure is not None:  # it died between the two lines above
+                raise EngineStopped("the engine died")
+            while remaining:
+                delta = await queue.get()
+                if delta.finished:
+                    remaining -= 1
+                yield delta
+        finally:
+            self._queues.pop(request_id, None)
+            if submitted and remaining:
+                self._engine.cancel(request_id)
+
+    # --- adapters ------------------------------------------------------------------------------
+
+    async def add_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+        """Read an adapter in a worker thread and serve it. See `Engine.add_adapter`."""
+        return await asyncio.to_thread(self._engine.add_adapter, name, path, replace=load_inplace)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Stop serving an adapter; requests in flight finish on it. Raises AdapterNotFound."""
+        self._engine.remove_adapter(name)
+
+    def adapters(self) -> list[AdapterStatus]:
+        return self._engine.adapters()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def on_load(self, callback: Callable[[AdapterRef, float], None]) -> None:
+        """Call `callback(ref, seconds)`, in any thread, whenever an adapter has been read."""
+        if self._engine.store is not None:
+            self._engine.store.on_load = callback
+
+    # --- the loop's thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._halt:
+                deltas = self._engine.step()
+                if deltas:
+                    self._publish(deltas)
+                elif not self._halt:
+                    self._engine.wait()
+            self._publish(self._engine.fail_all(EngineStopped("the server is shutting down")))
+        except BaseException as error:
+            logger.exception("the step loop died")
+            self.failure = error
+            reason = error if isinstance(error, LoramuxError) else EngineError("the engine died")
+            self._engine.stop()
+            self._publish(self._engine.fail_all(reason))
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._failed.set)
+
+    def _publish(self, deltas: list[Delta]) -> None:
+        if deltas and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, deltas)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            if (queue := self._queues.get(delta.request_id)) is not None:
+                queue.put_nowait(delta)

@@ -1,0 +1,51 @@
+"""What a request must satisfy before it costs anything. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loramux.errors import InvalidField, PromptTooLong
+from loramux.types import SamplingParams
+
+
+def validate_request(
+    prompt_token_ids: Sequence[int], params: SamplingParams, max_model_len: int, vocab_size: int
+) -> SamplingParams:
+    """Check a request against the model; returns `params` with `max_tokens` filled in.
+
+    Raises InvalidField or PromptTooLong.
+    """
+    length = len(prompt_token_ids)
+    if length == 0:
+        raise InvalidField("the prompt is empty", field="prompt")
+    bad = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise InvalidField(
+            f"token id {bad} is outside the vocabulary of {vocab_size}", field="prompt"
+        )
+    if length >= max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {length} tokens, and the context of {max_model_len} must also hold the "
+            "answer",
+            field="prompt",
+        )
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", tuple(token for token, _ in params.logit_bias)),
+    ):
+        outside = [t for t in ids if t >= vocab_size]
+        if outside:
+            raise InvalidField(
+                f"{name} has token id {outside[0]}, outside the vocabulary of {vocab_size}",
+                field=name,
+            )
+    left = max_model_len - length
+    if params.max_tokens is None:
+        return params.with_max_tokens(max(left, params.min_tokens or 1))
+    if params.max_tokens > left:
+        raise InvalidField(
+            f"max_tokens is {params.max_tokens}, but after a prompt of {length} tokens the context of "
+            f"{max_model_len} leaves {left}",
+            field="max_tokens",
+        )
+    return params

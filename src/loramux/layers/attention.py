@@ -1,0 +1,91 @@
+"""Attention over the paged KV cache, behind transformers' registered attention function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from loramux.errors import UnsupportedModel
+from loramux.kernels import paged_attention, write_kv
+from loramux.layers.batch import StepBatch
+
+
+class PagedAttention:
+    """One layer's part of the cache: K [blocks, block_size, Hkv, D] and V [..., Dv]."""
+
+    def __init__(self, batch: StepBatch, layer: int):
+        self.layer = layer
+        self.key_shape: tuple[int, int] | None = None  # (Hkv, D), seen in the probe
+        self.value_shape: tuple[int, int] | None = None
+        self._batch = batch
+        self._k_cache: torch.Tensor | None = None
+        self._v_cache: torch.Tensor | None = None
+
+    def allocate(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: str) -> None:
+        """Make the cache. On a CPU memory is only taken as blocks are first written."""
+        assert self.key_shape is not None and self.value_shape is not None, "probe first"
+        keys = (num_blocks, block_size, *self.key_shape)
+        values = (num_blocks, block_size, *self.value_shape)
+        self._k_cache = torch.empty(keys, dtype=dtype, device=device)
+        self._v_cache = torch.empty(values, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, Dv]."""
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, H, D]
+        if self._k_cache is None or self._v_cache is None:
+            return self._probe(q, k, v)
+        slots, attention = self._batch.slots, self._batch.attention
+        assert slots is not None and attention is not None, (
+            "attention outside a step. This is a bug."
+        )
+        write_kv(k, v, self._k_cache, self._v_cache, slots)
+        out = paged_attention(
+            q, self._k_cache, self._v_cache, attention, scaling, window=window, softcap=softcap
+        )  # [T, H, Dv]
+        return out.unsqueeze(0)  # [1, T, H, Dv]
+
+    def _probe(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Before there is a cache: learn the shapes; the values do not matter."""
+        self.key_shape = (k.shape[1], k.shape[2])
+        self.value_shape = (v.shape[1], v.shape[2])
+        return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2])  # [1, T, H, Dv]
+
+
+# Arguments that change the result and that the paged kernels do not know.
+_UNKNOWN_EXTRAS = ("s_aux", "position_bias", "alibi", "head_mask")
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **extras: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for `attn_implementation="loramux_paged"`.
+
+    `module.loramux_attention` is the layer's PagedAttention, put there when the model was attached.
+    """
+    attention: PagedAttention = module.loramux_attention  # type: ignore[assignment]
+    extra = [name for name in _UNKNOWN_EXTRAS if extras.get(name) is not None]
+    if attention_mask is not None:
+        extra.append("attention_mask")
+    if extra:
+        raise UnsupportedModel(
+            f"{type(module).__name__} needs {', '.join(extra)} in its attention, which is not served yet"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, scale, sliding_window or 0, softcap or 0.0), None

@@ -1,0 +1,148 @@
+"""Linear layers that add each token's own LoRA delta, computed once for all that share an input.
+
+    q_proj(x) ─┐
+    k_proj(x) ─┼─ MergedLinear: one base product, one LoRA call   y [T, Nq+Nk+Nv]
+    v_proj(x) ─┘
+
+A transformers layer calls q_proj, k_proj and v_proj with the same tensor object. Each is replaced by
+a `LinearSlice`; the first that is called computes the whole, the others take their columns. So the
+model's own forward stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from loramux.kernels import LoRASite, PackedLinear, lora_delta
+from loramux.layers.batch import StepBatch
+
+
+class MergedLinear:
+    """Linear layers with one input, stacked along the output.
+
+    `weight` [N, K] and `bias` [N] or None; slice s owns columns `starts[s]:starts[s+1]` of the
+    output. `site` is its part of the adapter pool, or None where no LoRA is served. It is no nn.Module:
+    it owns no parameter, and a plain object is cheaper to write to in every call.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], batch: StepBatch):
+        self.in_features = linears[0].in_features
+        self.starts = [0]
+        for linear in linears:
+            self.starts.append(self.starts[-1] + linear.out_features)
+        self.weight: torch.Tensor | None = _stack([linear.weight for linear in linears])  # [N, K]
+        self.bias = _stack_bias(linears)  # [N]
+        self.dtype = linears[0].weight.dtype
+        self.site: LoRASite | None = None
+        self.computations = (
+            0  # base products since the start; more than one a step means no sharing
+        )
+        self._batch = batch
+        self._packed: PackedLinear | None = None
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._remaining = 0
+
+    @property
+    def num_slices(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def out_features(self) -> int:
+        return self.starts[-1]
+
+    def pack(self) -> None:
+        """Put the weight in the order that the CPU's matrix product likes best (CPU only)."""
+        assert self.weight is not None
+        self._packed = PackedLinear(self.weight, self.bias)
+        self.weight = None  # the packed copy is the only one
+
+    def plain(self, index: int) -> nn.Linear:
+        """Slice `index` as an ordinary nn.Linear that shares the weight (before `pack`)."""
+        assert self.weight is not None
+        start, end = self.starts[index], self.starts[index + 1]
+        linear = nn.Linear(self.in_features, end - start, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight[start:end], requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
+        return linear
+
+    def attach_site(self, rows: int, dtype: torch.dtype) -> None:
+        """Give this layer its part of the adapter pool: `rows` rank rows in `dtype`."""
+        slices, device = self.num_slices, self.device
+        self.site = LoRASite(
+            a=torch.zeros(slices, rows, self.in_features, dtype=dtype, device=device),
+            b=torch.zeros(rows, self.out_features, dtype=dtype, device=device),
+            slice_starts=tuple(self.starts),
+            row_r=torch.zeros(slices, rows, dtype=torch.int32, device=device),
+            row_scale=torch.zeros(slices, rows, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device if self.weight is not None else torch.device("cpu")
+
+    def forward(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Slice `index` of the output for x [..., K] -> [..., N_index]."""
+        if self._input is not x or self._output is None:
+            self._output = self._compute(x)  # [..., N]
+            self._input = x
+            self._remaining = self.num_slices
+        output: torch.Tensor = self._output
+        self._remaining -= 1
+        if self._remaining == 0:  # everybody has been served: keep nothing alive
+            self._input = self._output = None
+        if self.num_slices == 1:
+            return output
+        return output[..., self.starts[index] : self.starts[index + 1]]
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        self.computations += 1
+        flat = x.reshape(-1, self.in_features)  # [T, K]
+        if self._packed is not None:
+            y = self._packed(flat)  # [T, N]
+        else:
+            assert self.weight is not None
+            y = nn.functional.linear(flat, self.weight, self.bias)  # [T, N]
+        segments = self._batch.segments
+        if segments is not None and self.site is not None:
+            lora_delta(y, flat, self.site, segments)
+        return y.view(*x.shape[:-1], self.out_features)  # [..., N]
+
+
+class LinearSlice(nn.Module):
+    """Stands where an nn.Linear stood; its product is computed with its siblings'."""
+
+    def __init__(self, merged: MergedLinear, index: int):
+        super().__init__()
+        self.merged = merged
+        self.index = index
+        self.in_features = merged.in_features
+        self.out_features = merged.starts[index + 1] - merged.starts[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.merged.forward(x, self.index)
+
+
+def _stack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(weights) == 1:
+        return weights[0].detach()
+    return torch.cat([weight.detach() for weight in weights])
+
+
+def _stack_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """One bias for all, with zeros for those that have none; None if nobody has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    parts = [
+        linear.bias.detach()
+        if linear.bias is not None
+        else torch.zeros(
+            linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device
+        )
+        for linear in linears
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,336 @@
+"""Offline inference in vLLM's shape: a script moves here by changing its import."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import Progress
+
+from loramux.adapters.peft import read_adapter
+from loramux.adapters.report import BindingReport
+from loramux.config import EngineConfig, LoRAConfig
+from loramux.engine.engine import Engine
+from loramux.errors import ConfigError, InvalidField, LoramuxError
+from loramux.models.loader import load_schema
+from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprobs
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """An adapter for a prompt: its name, the folder it is in, and how strongly it applies.
+
+    `lora_int_id` is accepted for vLLM's sake and plays no part: an adapter is its content.
+    """
+
+    lora_name: str
+    lora_int_id: int = 0
+    lora_path: str = ""
+    scale: float = 1.0
+    load_inplace: bool = False
+
+
+Entry = TypeVar("Entry")
+
+LoRA = LoRARequest | Sequence[LoRARequest] | None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer. `cumulative_logprob` and `logprobs` are None unless logprobs were asked for."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: LoRA = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt and its answers, in the order of `index`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    lora_request: LoRA = None
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model with its adapters in this process.
+
+    Keyword arguments are the fields of `EngineConfig` and, with `enable_lora=True`, those of
+    `LoRAConfig`. A name that is neither is refused. Raises ConfigError or UnsupportedModel.
+    """
+
+    def __init__(self, model: str, *, enable_lora: bool = False, **settings: Any):
+        self.engine = Engine(engine_config(model, enable_lora=enable_lora, **settings))
+        self._ids = itertools.count()
+        self._paths: dict[str, str] = {}
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
+
+    def get_tokenizer(self) -> Any:
+        return self.engine.text.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue each prompt: a text, `{"prompt": ...}`, `{"prompt_token_ids": [...]}` or token ids.
+
+        `sampling_params` and `lora_request` are one for all or one a prompt. In a list of adapters
+        for several prompts, each entry may itself be a list: a composition. Returns one
+        RequestOutput a prompt, in order. Raises InvalidField, AdapterRejected and their like
+        before anything runs.
+        """
+        listed = _prompts(prompts)
+        encoded = [self._encode(prompt) for prompt in listed]
+        return self._run(encoded, sampling_params, lora_request, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several (a list of lists)."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        encoded: list[tuple[str | None, list[int]]] = []
+        for conversation in conversations:
+            ids = self.engine.text.render_chat(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                template_kwargs=chat_template_kwargs,
+            )
+            encoded.append((self.engine.text.decode(ids), ids))
+        return self._run(encoded, sampling_params, lora_request, use_tqdm)
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter ahead of its first use. Raises AdapterRejected with every reason."""
+        self._register([lora_request])
+        return True
+
+    def close(self) -> None:
+        """Stop the reader thread. The object cannot be used afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.engine.text.encode(prompt)
+        if isinstance(prompt, Mapping):
+            known = {"prompt", "prompt_token_ids"}
+            if extra := set(prompt) - known:
+                raise InvalidField(f"a prompt cannot have {sorted(extra)}", field="prompt")
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            return prompt["prompt"], self.engine.text.encode(prompt["prompt"])
+        return None, list(prompt)
+
+    def _run(
+        self,
+        encoded: list[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: LoRA | Sequence[LoRA],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _params(sampling_params, len(encoded))
+        loras = _loras(lora_request, len(encoded))
+        self._register([lora for composition in loras for lora in composition])
+        outputs: dict[str, RequestOutput] = {}
+        errors: list[LoramuxError] = []
+        try:
+            for (text, ids), param, composition in zip(encoded, params, loras, strict=True):
+                output = self._submit(text, ids, param, composition)
+                outputs[output.request_id] = output
+            self._drain(outputs, errors, use_tqdm)
+        except BaseException:
+            for request_id in outputs:
+                self.engine.cancel(request_id)
+            self.engine.step()
+            raise
+        if errors:
+            raise errors[0]
+        return list(outputs.values())
+
+    def _submit(
+        self,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        composition: Sequence[LoRARequest],
+    ) -> RequestOutput:
+        left = (self.config.max_model_len or 0) - len(ids)
+        if params.max_tokens is not None and 0 < left < params.max_tokens:
+            # Offline, as in vLLM, an answer ends where the context does.
+            params = dataclasses.replace(
+                params, max_tokens=left, min_tokens=min(params.min_tokens, left)
+            )
+        request_id = str(next(self._ids))
+        uses = [AdapterUse(lora.lora_name, lora.scale) for lora in composition]
+        self.engine.submit(request_id, ids, params, uses)
+        lora: LoRA = composition[0] if len(composition) == 1 else (list(composition) or None)
+        answers = [CompletionOutput(index=i, lora_request=lora) for i in range(params.n)]
+        if params.logprobs is not None:
+            for answer in answers:
+                answer.logprobs, answer.cumulative_logprob = [], 0.0
+        return RequestOutput(request_id, text, ids, answers, lora_request=lora)
+
+    def _drain(
+        self, outputs: dict[str, RequestOutput], errors: list[LoramuxError], use_tqdm: bool
+    ) -> None:
+        """Step until every answer is there."""
+        remaining = sum(len(output.outputs) for output in outputs.values())
+        with Progress(disable=not use_tqdm) as progress:
+            task = progress.add_task("answers", total=remaining)
+            while remaining:
+                deltas = self.engine.step()
+                if not deltas:
+                    self.engine.wait()
+                for delta in deltas:
+                    if (output := outputs.get(delta.request_id)) is None:
+                        continue
+                    _append(output, delta)
+                    if delta.error is not None:
+                        errors.append(delta.error)
+                    if delta.finished:
+                        remaining -= 1
+                        progress.advance(task)
+
+    def _register(self, loras: Sequence[LoRARequest]) -> None:
+        """Read adapters that are new, or whose name now means another folder."""
+        for lora in loras:
+            store = self.engine.store
+            if store is None:
+                raise ConfigError(
+                    "lora_request needs enable_lora=True", field="lora_request", remedy="set it"
+                )
+            known = store.registry.current(lora.lora_name)
+            moved = bool(lora.lora_path) and self._paths.get(lora.lora_name) != lora.lora_path
+            if known is None or moved or lora.load_inplace:
+                if not lora.lora_path:
+                    raise InvalidField(
+                        f"LoRARequest {lora.lora_name!r} has no lora_path", field="lora_request"
+                    )
+                self.engine.add_adapter(lora.lora_name, lora.lora_path, replace=known is not None)
+                self._paths[lora.lora_name] = lora.lora_path
+
+
+def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> BindingReport:
+    """Which tensor of the adapter in `path` binds to which module of `model`, without loading it.
+
+    Raises AdapterRejected with every reason when loramux would refuse it.
+    """
+    lora = lora or LoRAConfig()
+    schema = load_schema(EngineConfig(model=model, lora=lora)).schema
+    dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
+    _, report = read_adapter(os.path.basename(os.path.normpath(path)), path, schema, lora, dtype)
+    return report
+
+
+def engine_config(model: str, *, enable_lora: bool = False, **settings: Any) -> EngineConfig:
+    """An EngineConfig from flat keyword arguments; unknown names are refused, all at once."""
+    lora_fields, engine_fields = set(LoRAConfig.model_fields), set(EngineConfig.model_fields)
+    unknown = sorted(set(settings) - lora_fields - engine_fields)
+    if unknown:
+        raise ConfigError(f"unknown settings: {', '.join(unknown)}", field=unknown[0])
+    lora_settings = {k: v for k, v in settings.items() if k in lora_fields}
+    if lora_settings and not enable_lora:
+        raise ConfigError(
+            f"{', '.join(sorted(lora_settings))} set without enable_lora",
+            field="enable_lora",
+            remedy="add enable_lora=True",
+        )
+    lora = LoRAConfig(**lora_settings) if enable_lora else None
+    rest: dict[str, Any] = {k: v for k, v in settings.items() if k in engine_fields and k != "lora"}
+    if isinstance(rest.get("served_model_name"), str):
+        rest["served_model_name"] = [rest["served_model_name"]]
+    return EngineConfig(model=model, lora=lora or settings.get("lora"), **rest)
+
+
+def _append(output: RequestOutput, delta: Delta) -> None:
+    answer = output.outputs[delta.index]
+    answer.text += delta.text
+    answer.token_ids += delta.token_ids
+    if delta.logprobs is not None and answer.logprobs is not None:
+        answer.logprobs += delta.logprobs
+        answer.cumulative_logprob = sum(entry.chosen.logprob for entry in answer.logprobs)
+    answer.finish_reason = delta.finish_reason
+    answer.stop_reason = delta.stop_reason
+    output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+    output.finished = all(a.finish_reason is not None for a in output.outputs)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    return _one_each(list(given), count, "sampling_params")
+
+
+def _loras(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRARequest]]:
+    """A composition for each prompt. With one prompt, a flat list is its composition."""
+    if given is None or isinstance(given, LoRARequest):
+        return [_composition(given)] * count
+    entries = list(given)
+    nested = any(entry is None or not isinstance(entry, LoRARequest) for entry in entries)
+    if count == 1 and not nested:
+        return [_composition(entries)]  # type: ignore[arg-type]
+    return [_composition(entry) for entry in _one_each(entries, count, "lora_request")]
+
+
+def _composition(given: LoRA) -> Sequence[LoRARequest]:
+    if given is None:
+        return []
+    return [given] if isinstance(given, LoRARequest) else list(given)
+
+
+def _one_each(values: list[Entry], count: int, name: str) -> list[Entry]:
+    if len(values) != count:
+        raise InvalidField(f"{name} has {len(values)} entries for {count} prompts", field=name)
+    return values

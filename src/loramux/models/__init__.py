@@ -1,0 +1,1 @@
+"""Stock transformers models, tokenizers and chat templates, entered by their public doors."""

@@ -1,0 +1,217 @@
+"""Entering a stock transformers model: its linear layers wrapped, its attention paged, nothing copied.
+
+`attach` replaces every plain `nn.Linear` by slices of `MergedLinear`s and gives each attention module
+its part of the KV cache. `probe` then runs three tokens through the model's own forward and believes
+only what it saw: a layer whose attention did not come through the registry would keep state that we
+do not have, so such a model is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from loramux.config import LoRAConfig
+from loramux.errors import LoramuxError, UnsupportedModel
+from loramux.layers.attention import PagedAttention, attention_function
+from loramux.layers.batch import StepBatch
+from loramux.layers.linear import LinearSlice, MergedLinear
+from loramux.schema import ModelSchema, ModuleSpec
+
+ATTENTION_NAME = "loramux_paged"
+
+# Children of one module that share their input in every architecture we know; the probe checks it.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+
+
+@dataclass(slots=True)
+class Attached:
+    """A model as the runner uses it. `sites[i]` is the layer that `ModuleSpec.site == i` names."""
+
+    model: PreTrainedModel
+    batch: StepBatch
+    sites: list[MergedLinear]
+    attentions: list[PagedAttention]
+    schema: ModelSchema
+    head: MergedLinear | None = None
+    names: dict[str, tuple[MergedLinear, int]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="loramux_paged"` known to transformers; harmless when repeated."""
+    AttentionInterface.register(ATTENTION_NAME, attention_function)
+
+
+def attach(model: PreTrainedModel, lora: LoRAConfig | None) -> Attached:
+    """Wrap `model` in place. Raises UnsupportedModel, naming what stands in the way."""
+    batch = StepBatch()
+    names: dict[str, tuple[MergedLinear, int]] = {}
+    for path, parent in list(model.named_modules()):
+        for group in _groups(parent):
+            _merge(parent, path, group, batch, names)
+    attentions = _attach_attention(model, batch)
+    attached = Attached(model, batch, [], [], ModelSchema({}), names=names)
+    probe(attached)
+    _split_unshared(attached)
+    attached.attentions = _used(model, attentions)
+    _build_schema(attached, lora)
+    return attached
+
+
+def probe(attached: Attached) -> None:
+    """Three tokens through the whole model, without a cache: shapes, and who shares an input."""
+    model = attached.model
+    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)  # [1, 3]
+    positions = torch.arange(3, device=model.device).unsqueeze(0)  # [1, 3]
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=torch.tensor([2], device=model.device),
+            )
+    except LoramuxError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot run behind loramux's attention: "
+            f"{type(error).__name__}: {error}",
+            field="model",
+        ) from error
+
+
+def _groups(parent: nn.Module) -> Iterator[list[str]]:
+    """Names of plain linear children, those that share an input together."""
+    plain = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+    for siblings in SIBLINGS:
+        found = [plain.get(name) for name in siblings]
+        present = [linear for linear in found if linear is not None]
+        if len(present) == len(siblings) and len({linear.in_features for linear in present}) == 1:
+            yield list(siblings)
+            for name in siblings:
+                del plain[name]
+    for name in plain:
+        yield [name]
+
+
+def _merge(
+    parent: nn.Module,
+    path: str,
+    group: list[str],
+    batch: StepBatch,
+    names: dict[str, tuple[MergedLinear, int]],
+) -> None:
+    merged = MergedLinear([getattr(parent, name) for name in group], batch)
+    for index, name in enumerate(group):
+        setattr(parent, name, LinearSlice(merged, index))
+        names[f"{path}.{name}" if path else name] = (merged, index)
+
+
+def _attach_attention(model: PreTrainedModel, batch: StepBatch) -> list[PagedAttention]:
+    attentions = []
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal"):
+            if not module.is_causal:
+                raise UnsupportedModel(
+                    f"{type(module).__name__} attends in both directions", field="model"
+                )
+            attention = PagedAttention(batch, int(module.layer_idx))
+            module.loramux_attention = attention
+            attentions.append(attention)
+    return attentions
+
+
+def _used(model: PreTrainedModel, attentions: list[PagedAttention]) -> list[PagedAttention]:
+    """The attentions that the probe came through: exactly one a layer, or the model is refused."""
+    used = [attention for attention in attentions if attention.key_shape is not None]
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    missing = sorted(set(range(layers)) - {attention.layer for attention in used})
+    if missing or len(used) != layers:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not served: {len(missing)} of its {layers} layers do not use "
+            f"transformers' attention registry (layers {missing[:8]})",
+            field="model",
+            remedy="models with other kinds of layer state are not served yet",
+        )
+    return used
+
+
+def _split_unshared(attached: Attached) -> None:
+    """Undo a merge whose members turned out not to get one and the same input."""
+    for merged in {id(m): m for m, _ in attached.names.values()}.values():
+        if merged.computations <= 1 or merged.num_slices == 1:
+            continue
+        members = [(name, i) for name, (m, i) in attached.names.items() if m is merged]
+        for name, index in members:
+            alone = MergedLinear([merged.plain(index)], attached.batch)
+            attached.names[name] = (alone, 0)
+            parent = attached.model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], LinearSlice(alone, 0))
+
+
+def _build_schema(attached: Attached, lora: LoRAConfig | None) -> None:
+    """Say what an adapter may bind to, and why not to the rest."""
+    model = attached.model
+    output = model.get_output_embeddings()
+    modules: dict[str, ModuleSpec] = {}
+    refused: dict[str, str] = {}
+    site_of: dict[int, int] = {}
+    for name, module in model.named_modules():
+        if name in attached.names:
+            merged, index = attached.names[name]
+            if module is output:
+                attached.head = merged
+                refused[name] = "LoRA on the output head is not served yet"
+            elif lora is not None and not _is_target(name, lora.target_modules):
+                refused[name] = "this deployment's target_modules leave this module out"
+            else:
+                if id(merged) not in site_of:
+                    site_of[id(merged)] = len(attached.sites)
+                    attached.sites.append(merged)
+                spec = ModuleSpec(
+                    name,
+                    merged.in_features,
+                    module.out_features,
+                    site_of[id(merged)],
+                    index,
+                )
+                modules[name] = spec
+        elif isinstance(module, nn.Embedding):
+            refused[name] = "LoRA on embeddings is not served yet"
+        elif isinstance(module, nn.Linear):
+            refused[name] = f"{type(module).__name__} is no plain linear layer"
+    _check_targets_exist(lora, modules)
+    attached.schema = ModelSchema(modules, refused)
+
+
+def _is_target(name: str, targets: list[str] | None) -> bool:
+    return targets is None or any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def _check_targets_exist(lora: LoRAConfig | None, modules: dict[str, ModuleSpec]) -> None:
+    """A target that matches nothing would silently do nothing: refuse it."""
+    if lora is None or lora.target_modules is None:
+        return
+    idle = [t for t in lora.target_modules if not any(_is_target(m, [t]) for m in modules)]
+    if idle:
+        known = sorted({name.rpartition(".")[2] for name in modules})
+        raise UnsupportedModel(
+            f"target_modules {idle} match no linear module of this model",
+            field="target_modules",
+            remedy=f"it has {', '.join(known)}" if known else None,
+        )

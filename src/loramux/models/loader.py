@@ -1,0 +1,217 @@
+"""A model from a folder or the Hub onto the device, wrapped and ready, or refused by name."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from loramux.config import EngineConfig, ModelFacts
+from loramux.errors import ConfigError, UnsupportedModel
+from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
+
+logger = logging.getLogger(__name__)
+
+# Rotary embeddings whose frequencies depend on the longest sequence of the batch.
+BATCH_DEPENDENT_ROPE = {"dynamic"}
+LENGTH_SWITCHED_ROPE = {"longrope"}
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """The wrapped model and what was learned while loading it."""
+
+    attached: Attached
+    facts: ModelFacts
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the GPU when there is one. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "this machine has no usable CUDA GPU", field="device", remedy="--device cpu"
+        )
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not served", field="device", remedy="cpu or cuda")
+    return device
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Read, place and wrap the model of `config`.
+
+    Raises ConfigError when it cannot be read and UnsupportedModel when it cannot be entered.
+    """
+    device = pick_device(config.device)
+    hf_config = read_config(config.model, config.revision)
+    positions, reason = _max_positions(hf_config)
+    model = _from_pretrained(config, hf_config)
+    model.to(device)
+    model.eval().requires_grad_(False)
+    attached = attach(model, config.lora)
+    facts = ModelFacts(
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        max_positions=positions,
+        kv_bytes_per_token=_kv_bytes(attached, model.dtype),
+        free_bytes=_free_bytes(device, config.gpu_memory_utilization),
+        length_limit_reason=reason,
+    )
+    text = hf_config.get_text_config()
+    return LoadedModel(attached, facts, _eos_ids(model), int(text.vocab_size))
+
+
+def read_config(model: str, revision: str | None) -> PreTrainedConfig:
+    """The model's configuration, refused early where the kind of model is not served."""
+    try:
+        config = AutoConfig.from_pretrained(_local(model), revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the model {model!r} cannot be read: {_first_line(error)}",
+            field="model",
+            remedy="give a local folder with config.json, or a Hub id that can be reached",
+        ) from error
+    reasons = []
+    if config.is_encoder_decoder:
+        reasons.append("it is an encoder-decoder model")
+    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
+        reasons.append("it is multimodal, which is not served yet")
+    if getattr(config, "quantization_config", None):
+        reasons.append("its weights are quantised, which is not served yet")
+    if config.get_text_config().model_type != config.model_type and not reasons:
+        reasons.append("its language model is part of a larger one")
+    if reasons:
+        raise UnsupportedModel(
+            f"{config.model_type} model {model!r} is not served: {'; '.join(reasons)}",
+            field="model",
+        )
+    return config
+
+
+def _local(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.exists() else model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTrainedModel:
+    register_attention()
+    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            _local(config.model),
+            revision=config.revision,
+            config=hf_config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"the weights of {config.model!r} cannot be read: {_first_line(error)}", field="model"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"{hf_config.model_type} model {config.model!r} cannot be entered: {_first_line(error)}",
+            field="model",
+        ) from error
+    model, info = loaded
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ConfigError(
+            f"the checkpoint {config.model!r} lacks {len(missing)} weights, {missing[0]} among them",
+            field="model",
+        )
+    return model
+
+
+def _max_positions(config: PreTrainedConfig) -> tuple[int, str]:
+    """Longest context, and why: some rotary embeddings would make one request change another's."""
+    text = config.get_text_config()
+    positions = int(getattr(text, "max_position_embeddings", 0) or 1 << 20)
+    kinds = _rope_types(getattr(text, "rope_parameters", None) or {})
+    if kinds & BATCH_DEPENDENT_ROPE:
+        return (
+            positions,
+            "where this model's dynamic rotary embedding starts to depend on the batch",
+        )
+    if kinds & LENGTH_SWITCHED_ROPE:
+        original = _original_positions(text)
+        if original and original < positions:
+            logger.info("context limited to %d: longer ones switch rotary factors", original)
+            return original, "where this model switches its rotary factors for the whole batch"
+    return positions, "the model's max_position_embeddings"
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """rope_type, of the model or of each layer type."""
+    nested = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p]
+    return {str(p.get("rope_type")) for p in [parameters, *nested]}
+
+
+def _original_positions(text: PreTrainedConfig) -> int | None:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    found = parameters.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+    return int(found) if found else None
+
+
+def _kv_bytes(attached: Attached, dtype: torch.dtype) -> int:
+    """Bytes of K and V of one token over all layers."""
+    total = 0
+    for attention in attached.attentions:
+        assert attention.key_shape is not None and attention.value_shape is not None
+        total += attention.key_shape[0] * attention.key_shape[1]
+        total += attention.value_shape[0] * attention.value_shape[1]
+    return total * dtype.itemsize
+
+
+def _free_bytes(device: str, utilization: float) -> int:
+    """Memory that may still be taken, in bytes."""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(total * utilization) - (total - free))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config):
+        value = getattr(source, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or [])
+    return frozenset(ids)
+
+
+def load_schema(config: EngineConfig) -> Attached:
+    """The model's structure without its weights, for checking adapters: no memory, no download of
+    weights. Raises as `load_model` does."""
+    register_attention()
+    hf_config = read_config(config.model, config.revision)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=ATTENTION_NAME, dtype=torch.float32
+            )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"{hf_config.model_type} model {config.model!r} cannot be entered: {_first_line(error)}",
+            field="model",
+        ) from error
+    return attach(model, config.lora)

@@ -1,0 +1,115 @@
+"""Every served family against PEFT: mixed batches, compositions, chunks, small pools."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from loramux import LLM, LoRARequest, SamplingParams
+from parity.oracle import Oracle
+from tiny import FAMILIES, VOCAB, save_adapter, save_model
+
+COUNT = 12
+ADAPTERS = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 8, "lora_alpha": 3, "use_rslora": True},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 3,
+        "rank_pattern": {"o_proj": 5, r"layers\.1\..*down_proj": 7},
+        "alpha_pattern": {"o_proj": 9},
+    },
+    "some": {"r": 3, "lora_alpha": 6, "target_modules": ["o_proj", "down_proj"]},
+    "layers": {
+        "r": 1,
+        "lora_alpha": 2,
+        "layers_to_transform": [1],
+        "exclude_modules": ["down_proj"],
+    },
+}
+# What each request of the mixed batch asks for.
+COMPOSITIONS: list[dict[str, float]] = [
+    {},
+    {"plain": 1.0},
+    {"rslora": 1.0},
+    {"patterns": 1.0},
+    {},
+    {"some": 1.0},
+    {"layers": 1.0},
+    {"plain": 0.7, "rslora": 1.0},
+    {"patterns": -0.5, "some": 2.0, "layers": 1.0},
+    {"plain": 0.3},
+]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp(request.param)
+    model = save_model(root / "model", request.param)
+    paths: dict[str, Path] = {}
+    for seed, (name, settings) in enumerate(ADAPTERS.items()):
+        paths[name] = save_adapter(model, root / name, seed=seed + 1, **settings)
+    rng = random.Random(5)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.randrange(5, 45))] for _ in COMPOSITIONS]
+    oracle = Oracle(model, paths)
+    expected = [oracle.greedy(p, c, COUNT) for p, c in zip(prompts, COMPOSITIONS, strict=True)]
+    return model, paths, prompts, expected, oracle
+
+
+def _requests(paths: dict[str, Path]) -> list[list[LoRARequest]]:
+    return [
+        [LoRARequest(name, 1, str(paths[name]), scale=scale) for name, scale in c.items()]
+        for c in COMPOSITIONS
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_loras": 5, "max_lora_rank": 8},
+        {
+            "max_loras": 3,
+            "max_lora_rank": 8,
+            "max_num_batched_tokens": 16,
+            "adapter_patience_s": 0.02,
+        },
+        {"max_loras": 3, "max_lora_rank": 9, "block_size": 4, "num_tokens_of_kv": 320},
+    ],
+    ids=["roomy", "chunked-evicting", "preempting"],
+)
+def test_greedy_tokens_equal_peft(case, settings) -> None:
+    model, paths, prompts, expected, _ = case
+    settings = dict(settings)
+    if tokens := settings.pop("num_tokens_of_kv", None):
+        from loramux.config import EngineConfig
+        from loramux.models.loader import load_model
+
+        per_token = load_model(
+            EngineConfig(model=str(model), device="cpu")
+        ).facts.kv_bytes_per_token
+        settings |= {"kv_cache_memory_bytes": tokens * per_token, "max_model_len": 64}
+    with LLM(str(model), enable_lora=True, device="cpu", **settings) as llm:
+        params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
+        outputs = llm.generate(prompts, params, lora_request=_requests(paths))
+        assert [o.outputs[0].token_ids for o in outputs] == expected
+        again = llm.generate(prompts, params, lora_request=_requests(paths))
+        assert [o.outputs[0].token_ids for o in again] == expected
+        llm.engine.check_integrity()
+    assert len({tuple(tokens) for tokens in expected}) > 4, "the adapters do not differ"
+
+
+def test_logprobs_equal_peft(case) -> None:
+    model, paths, prompts, _, oracle = case
+    with LLM(str(model), enable_lora=True, device="cpu", max_loras=5, max_lora_rank=8) as llm:
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=5)
+        outputs = llm.generate(prompts, params, lora_request=_requests(paths))
+    for output, prompt, composition in zip(outputs, prompts, COMPOSITIONS, strict=True):
+        answer = output.outputs[0]
+        tokens = [*prompt, *answer.token_ids]
+        wanted = oracle.logits(tokens[:-1], composition).log_softmax(-1)[len(prompt) - 1 :]
+        for step, entry in enumerate(answer.logprobs or []):
+            for item in (entry.chosen, *entry.top):
+                assert item.logprob == pytest.approx(float(wanted[step, item.token_id]), abs=2e-3)
+            assert entry.chosen.rank == 1
