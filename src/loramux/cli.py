@@ -1,0 +1,314 @@
+"""`loramux serve | bench | adapter check`: flags made from the settings, errors in one line.
+
+Every field of the settings is a flag of the same name; where vLLM's flag is named otherwise, that
+name is used. Only flags that were given reach the settings, whose defaults then apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.errors import AdapterRejected, ConfigError, LoramuxError
+
+if TYPE_CHECKING:
+    from loramux.server.run import AdapterSource
+
+DEBUG_VARIABLE = "LORAMUX_DEBUG"
+EXIT_REFUSED = 1
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# Fields whose flag has another name in vLLM.
+FLAG_NAMES = {"target_modules": "--lora-target-modules"}
+# Fields that are not flags of their own.
+NOT_FLAGS = {"model", "lora"}
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?)?b?", re.IGNORECASE)
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports its errors like every other one, instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, remedy=f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. Only LORAMUX_DEBUG=1 lets an exception through."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except SystemExit as leaving:  # argparse after --help and --version
+        return int(leaving.code or 0)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            raise
+        print(f"loramux: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, LoramuxError):
+        return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} (set {DEBUG_VARIABLE}=1 for the traceback)"
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["bench"]:  # it has a parser of its own
+        from loramux.bench import main as bench
+
+        return bench(arguments[1:])
+    given = build_parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = given.command
+    return command(given)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="loramux", description="One base model, many LoRA adapters.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    commands.add_parser("bench", help="measure throughput and latency", add_help=False)
+    adapter = commands.add_parser("adapter", help="work with adapter folders", allow_abbrev=False)
+    _add_check(adapter.add_subparsers(required=True, metavar="COMMAND"))
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"loramux {version('loramux')}"
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "loramux (not installed)"
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve", help="start the OpenAI-compatible server", allow_abbrev=False
+    )
+    serve.set_defaults(command=_serve)
+    serve.add_argument("model_positional", metavar="MODEL", nargs="?", help="local path or Hub id")
+    serve.add_argument("--model", help="the same as a flag")
+    add_flags(serve.add_argument_group("engine"), EngineConfig)
+    lora = serve.add_argument_group("LoRA")
+    lora.add_argument("--enable-lora", action="store_true", help="Serve LoRA adapters.")
+    lora.add_argument(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help='Adapters to load at start: name=path, or JSON {"name": ..., "path": ...}.',
+    )
+    add_flags(lora, LoRAConfig)
+    add_flags(serve.add_argument_group("server"), ServerConfig)
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check", help="say what each tensor of an adapter binds to", allow_abbrev=False
+    )
+    check.set_defaults(command=_check)
+    check.add_argument("path", metavar="PATH", help="the adapter's folder")
+    check.add_argument("--model", required=True, help="local path or Hub id of the base model")
+    add_flags(check.add_argument_group("LoRA"), LoRAConfig)
+
+
+def flag_of(field: str) -> str:
+    return FLAG_NAMES.get(field, "--" + field.replace("_", "-"))
+
+
+def add_flags(group: Any, settings: type[BaseModel]) -> None:
+    """One flag a field: type, default and help are the field's."""
+    for name, field in settings.model_fields.items():
+        if name not in NOT_FLAGS:
+            group.add_argument(
+                flag_of(name), dest=name, default=argparse.SUPPRESS, **_argument(name, field)
+            )
+
+
+def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
+    """argparse's keywords for one field."""
+    kind = _without_none(field.annotation)
+    text = " ".join((field.description or "").split())
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
+    origin = get_origin(kind)
+    if kind is bool:
+        keywords["action"] = argparse.BooleanOptionalAction
+    elif origin is Literal:
+        keywords["choices"] = list(get_args(kind))
+    elif origin is list:
+        keywords |= {"nargs": "+", "metavar": "NAME"}
+    elif origin is dict:
+        keywords |= {"type": _json_object, "metavar": "JSON"}
+    elif kind is int and name.endswith("_bytes"):
+        keywords |= {"type": parse_size, "metavar": "BYTES"}
+    else:
+        keywords |= {"type": str if kind is SecretStr else kind, "metavar": _metavar(kind)}
+    return keywords
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _without_none(annotation: Any) -> Any:
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    is_optional = len(kinds) == 1 and type(None) in get_args(annotation)
+    return kinds[0] if is_optional else annotation
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `1048576`, `512MiB`, `4GiB` (powers of 1024) or `4GB` (powers of 1000)."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, 512MiB or 4GiB")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    exponent = "kmgt".index(prefix.lower()) + 1 if prefix else 0
+    return int(float(number) * base**exponent) if exponent else int(float(number))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def settings_from(settings: type[Settings], given: argparse.Namespace, **more: Any) -> Settings:
+    """The settings, from the flags that were given. Raises ConfigError naming the flag."""
+    values = {name: getattr(given, name) for name in settings.model_fields if name in given}
+    try:
+        return settings(**{**values, **more})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_faults(error))) from error
+
+
+def _faults(error: ValidationError) -> Iterable[str]:
+    for fault in error.errors():
+        cause = fault.get("ctx", {}).get("error")
+        text = str(cause) if cause is not None else fault["msg"]
+        yield f"{flag_of(str(fault['loc'][0]))}: {text}" if fault["loc"] else text
+
+
+def lora_settings(given: argparse.Namespace) -> LoRAConfig | None:
+    """The LoRA settings with --enable-lora. Raises ConfigError for a LoRA flag without it."""
+    if given.enable_lora:
+        return settings_from(LoRAConfig, given)
+    orphans = [flag_of(name) for name in LoRAConfig.model_fields if name in given]
+    if given.lora_modules:
+        orphans.append("--lora-modules")
+    if getattr(given, "allow_runtime_lora_updating", False):
+        orphans.append("--allow-runtime-lora-updating")
+    if orphans:
+        verb = "needs" if len(orphans) == 1 else "need"
+        raise ConfigError(f"{', '.join(orphans)} {verb} --enable-lora", remedy="add --enable-lora")
+    return None
+
+
+def parse_modules(items: Sequence[str], model_names: Sequence[str]) -> list[AdapterSource]:
+    """`name=path` and JSON forms of --lora-modules. Raises ConfigError."""
+    from loramux.server.adapter_paths import check_name
+    from loramux.server.run import AdapterSource
+
+    sources: list[AdapterSource] = []
+    for item in items:
+        if item.lstrip().startswith(("{", "[")):
+            source = AdapterSource(*_module_from_json(item, model_names))
+        else:
+            name, divider, path = item.partition("=")
+            if not (name and divider and path):
+                raise ConfigError(
+                    f"--lora-modules {item!r} is not of the form name=path",
+                    remedy='write name=path or {"name": ..., "path": ...}; MODEL comes first',
+                )
+            source = AdapterSource(name, path)
+        check_name(source.name)
+        if source.name in model_names or source.name in {known.name for known in sources}:
+            raise ConfigError(
+                f"--lora-modules: the name {source.name!r} is taken", remedy="choose another"
+            )
+        sources.append(source)
+    return sources
+
+
+def _module_from_json(item: str, model_names: Sequence[str]) -> tuple[str, str]:
+    try:
+        value = json.loads(item)
+    except ValueError as error:
+        raise ConfigError(f"--lora-modules {item!r} is no JSON: {error}") from error
+    known = {"name", "path", "base_model_name"}
+    if (
+        not isinstance(value, dict)
+        or not set(value) <= known
+        or not all(isinstance(value.get(key), str) and value[key] for key in ("name", "path"))
+    ):
+        raise ConfigError(
+            f"--lora-modules {item!r} is refused", remedy='write {"name": ..., "path": ...}'
+        )
+    base = value.get("base_model_name")
+    if base is not None and base not in model_names:
+        raise ConfigError(
+            f"--lora-modules {value['name']!r}: base_model_name {base!r} is not served",
+            remedy=f"leave it out, or name {model_names[0]!r}",
+        )
+    return value["name"], value["path"]
+
+
+def _model_of(given: argparse.Namespace) -> str:
+    named = {name for name in (given.model_positional, given.model) if name}
+    if len(named) == 1:
+        return str(named.pop())
+    if named:
+        raise ConfigError("MODEL and --model name two models", remedy="give one of them")
+    raise ConfigError("no model is named", remedy="loramux serve MODEL")
+
+
+def _serve(given: argparse.Namespace) -> int:
+    config = settings_from(EngineConfig, given, model=_model_of(given), lora=lora_settings(given))
+    server_config = settings_from(ServerConfig, given)
+    adapters = parse_modules(given.lora_modules or [], config.model_names)
+    from loramux.server.run import serve
+
+    return serve(config, server_config, adapters)
+
+
+def _check(given: argparse.Namespace) -> int:
+    """Print what each tensor binds to (0), or every reason for the refusal (1)."""
+    config = settings_from(LoRAConfig, given)
+    from loramux.llm import check_adapter
+
+    try:
+        report = check_adapter(given.path, given.model, config)
+    except AdapterRejected as error:
+        print(f"adapter {error.adapter!r} is refused:")
+        for reason in error.reasons:
+            print(f"  - {reason}")
+        if error.remedy:
+            print(f"remedy: {error.remedy}")
+        return EXIT_REFUSED
+    print(report.format())
+    return 0

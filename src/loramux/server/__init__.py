@@ -1,0 +1,16 @@
+"""The OpenAI-compatible HTTP server: JSON in, `AsyncEngine` calls, JSON or SSE out.
+
+app.py          create_app(engine, config): routes, middleware, error handlers
+protocol.py     request bodies; an unknown or unserved field is refused by name
+sampling.py     body -> SamplingParams
+selection.py    `model` and `lora` -> adapters
+generation.py   the answers of one HTTP request, merged; leaving it cancels them
+completions.py, chat.py, models.py, admin.py, health.py   the routes
+logprobs.py     log-probabilities in OpenAI's two shapes
+sse.py          events on the wire; disconnect.py notices that the client has gone
+gate.py         API key and body size, before anything is read
+adapter_paths.py  which names and folders a client may load
+errors.py       the one table from exceptions to HTTP
+metrics.py      Prometheus
+run.py          the process: bind, load, listen, drain
+"""

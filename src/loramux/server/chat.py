@@ -1,0 +1,141 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from loramux.server.disconnect import unless_gone
+from loramux.server.encoding import ReplyJSON
+from loramux.server.generation import Choice, Generation, Usage, collect, has_news
+from loramux.server.logprobs import chat_logprobs
+from loramux.server.protocol import ChatCompletionRequest
+from loramux.server.sampling import chat_params, check_room
+from loramux.server.selection import adapter_headers, select_adapters
+from loramux.server.sse import EventStream, event, guarded
+from loramux.server.state import ServerState, State
+
+router = APIRouter()
+
+
+@dataclass(slots=True)
+class Reply:
+    """What every event of one answer repeats, and how its choices look."""
+
+    state: ServerState
+    body: ChatCompletionRequest
+    prompt: list[int]
+    id: str = ""
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = f"chatcmpl-{self.body.request_id or uuid.uuid4().hex}"
+
+    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.body.model,
+            "choices": choices,
+        }
+
+    def choice(self, index: int, part: Choice, content: dict[str, Any]) -> dict[str, Any]:
+        """One choice; `content` is its `message` or `delta`."""
+        logprobs = None
+        if self.body.logprobs and part.logprobs:
+            logprobs = chat_logprobs(part.logprobs, self.state.engine.decode_token)
+        reply = {
+            "index": index,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
+        if self.body.return_token_ids:
+            reply["token_ids"] = part.token_ids
+        return reply
+
+
+async def _render(state: ServerState, body: ChatCompletionRequest) -> list[int]:
+    return await state.engine.render_chat(
+        [message.as_turn() for message in body.messages],
+        add_generation_prompt=body.opens_turn,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs=body.chat_template_kwargs,
+    )
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    body: ChatCompletionRequest, request: Request, state: State
+) -> Response:
+    """Answer a conversation."""
+    adapters = select_adapters(state, body)
+    params = chat_params(body)
+    prompt = await _render(state, body)
+    named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    check_room(
+        len(prompt),
+        params.max_tokens,
+        state.context_length,
+        prompt_field="messages",
+        tokens_field=named,
+    )
+    reply = Reply(state, body, prompt)
+    headers = adapter_headers(state, adapters)
+    generation = Generation(state, [prompt], params, adapters)
+    if body.stream:
+        await unless_gone(request.receive, generation.prime())
+        events = guarded(_events(reply, generation, params.n))
+        return EventStream(events, generation.aclose, headers)
+    choices, usage = await unless_gone(request.receive, collect(generation, [prompt], params.n))
+    return ReplyJSON(_whole(reply, choices, usage), headers=headers)
+
+
+def _whole(reply: Reply, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+    listed = [
+        reply.choice(index, choice, {"message": {"role": "assistant", "content": choice.text}})
+        for index, choice in enumerate(choices)
+    ]
+    answer = reply.envelope("chat.completion", listed) | {"usage": usage.as_reply()}
+    if reply.body.return_token_ids:
+        answer["prompt_token_ids"] = reply.prompt
+    return answer
+
+
+async def _events(reply: Reply, generation: Generation, n: int) -> AsyncIterator[bytes]:
+    options = reply.body.usage_in_stream
+    usage = Usage([reply.prompt], n)
+    opened: set[int] = set()
+
+    def chunk(choices: list[dict[str, Any]]) -> bytes:
+        content = reply.envelope("chat.completion.chunk", choices)
+        if options.continuous_usage_stats or (options.include_usage and not choices):
+            content["usage"] = usage.as_reply()
+        elif options.include_usage:
+            content["usage"] = None
+        if reply.body.return_token_ids and not opened:
+            content["prompt_token_ids"] = reply.prompt
+        return event(content)
+
+    async for news in generation:
+        if news.choice not in opened:
+            opening = {"delta": {"role": "assistant", "content": ""}}
+            yield chunk([reply.choice(news.choice, Choice(), opening)])
+            opened.add(news.choice)
+        usage.add(news)
+        if not has_news(reply.body.return_token_ids, news):
+            continue
+        part = Choice()
+        part.add(news.delta)
+        delta = {"content": part.text} if part.text else {}
+        yield chunk([reply.choice(news.choice, part, {"delta": delta})])
+    if options.include_usage:
+        yield chunk([])

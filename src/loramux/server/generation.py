@@ -1,0 +1,169 @@
+"""All answers of one HTTP request: prompts run concurrently, their deltas arrive in one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from loramux.errors import EngineError, EngineStopped
+from loramux.server.metrics import Meter
+from loramux.server.state import ServerState
+from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprobs
+
+
+class Event(NamedTuple):
+    """News of one choice; `choice` is prompt * n + index, the order in which choices are listed."""
+
+    prompt: int
+    choice: int
+    delta: Delta
+
+
+class Generation:
+    """An async iterator of Events. `prime` first, so that a client's fault is known before the
+    response begins; `aclose` always, which cancels whatever still runs.
+
+    Iterating raises LoramuxError when an answer fails; the others are then cancelled too.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        adapters: Sequence[AdapterUse],
+    ) -> None:
+        self._state = state
+        self._prompts = prompts
+        self._params = params
+        self._adapters = adapters
+        self._id = uuid.uuid4().hex  # never the client's: two requests may bring the same one
+        self._queue: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unfinished = len(prompts) * params.n
+        self._first: Event | None = None
+        self._failed = False
+        self._meter = Meter(state.metrics, adapters, choices=self._unfinished)
+
+    async def prime(self) -> None:
+        """Start, and wait for the first event. Closes itself when that raises."""
+        try:
+            self._tasks = [
+                asyncio.create_task(self._pump(index)) for index in range(len(self._prompts))
+            ]
+            self._first = await self._next()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _pump(self, prompt: int) -> None:
+        """Forward one prompt's deltas. Cancelling this task cancels the engine's request."""
+        finished = 0
+        try:
+            async for delta in self._state.engine.generate(
+                f"{self._id}-{prompt}", self._prompts[prompt], self._params, self._adapters
+            ):
+                event = Event(prompt, prompt * self._params.n + delta.index, delta)
+                finished += delta.finished
+                self._meter.saw(prompt, event.choice, delta, len(self._prompts[prompt]))
+                self._queue.put_nowait(event)
+            if finished < self._params.n:
+                raise EngineStopped("the engine ended the request before its answer was complete")
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def _next(self) -> Event:
+        item = await self._queue.get()
+        if not isinstance(item, Exception) and item.delta.finish_reason == "error":
+            item = item.delta.error or EngineError("the engine failed on this request")
+        if isinstance(item, Exception):
+            self._failed = True
+            raise item
+        self._unfinished -= item.delta.finished
+        return item
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._first is not None:
+            event, self._first = self._first, None
+            return event
+        if self._unfinished == 0:
+            raise StopAsyncIteration
+        return await self._next()
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._meter.close("error" if self._failed else "abort")
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished answer, put together from its deltas."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs or ())
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+
+class Usage:
+    """Token counts of one HTTP request, as they grow."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], n: int) -> None:
+        self._prompt = sum(len(prompt) for prompt in prompts)
+        self._n = n
+        self._completion = 0
+        self._cached: dict[int, int] = {}
+
+    def add(self, event: Event) -> None:
+        self._completion += len(event.delta.token_ids)
+        # A prompt counts once however large n is, so only its first answer's cache hits count.
+        if event.choice % self._n == 0:
+            known = self._cached.get(event.prompt, 0)
+            self._cached[event.prompt] = max(known, event.delta.num_cached_tokens)
+
+    def as_reply(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self._completion,
+            "total_tokens": self._prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+
+async def collect(
+    generation: Generation, prompts: Sequence[Sequence[int]], n: int
+) -> tuple[list[Choice], Usage]:
+    """Run a generation to its end. Raises what it raises, and closes it either way."""
+    choices = [Choice() for _ in range(len(prompts) * n)]
+    usage = Usage(prompts, n)
+    try:
+        await generation.prime()
+        async for event in generation:
+            choices[event.choice].add(event.delta)
+            usage.add(event)
+    finally:
+        await generation.aclose()
+    return choices, usage
+
+
+def has_news(return_token_ids: bool | None, news: Event) -> bool:
+    """Whether a client sees anything in this delta; text may be held back for a stop string."""
+    delta = news.delta
+    shown_ids = bool(return_token_ids and delta.token_ids)
+    return bool(delta.text or delta.logprobs or delta.finished or shown_ids)

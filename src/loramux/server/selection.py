@@ -1,0 +1,61 @@
+"""Which model and adapters a request means, and how the answer says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+
+from loramux.errors import InvalidField, UnknownModel
+from loramux.server.protocol import GenerationBody
+from loramux.server.state import ServerState
+from loramux.types import AdapterRef, AdapterUse
+
+ADAPTERS_HEADER = "x-loramux-adapters"
+DIGEST_LENGTH = 12
+
+
+def select_adapters(state: ServerState, body: GenerationBody) -> tuple[AdapterUse, ...]:
+    """`model` and `lora` as the engine wants them.
+
+    `model` is the base model's name or an adapter's; `lora` goes with the base model only.
+    Raises UnknownModel or InvalidField.
+    """
+    served = {status.ref.name for status in state.engine.adapters()}
+    listed = body.adapters
+    if body.model in state.engine.config.model_names:
+        for use in listed or ():
+            _check_served(state, use.name, served, field="lora")
+        return listed or ()
+    _check_served(state, body.model, served, field="model")
+    if listed is not None:
+        raise InvalidField(
+            f"model {body.model!r} is an adapter, and lora lists adapters too",
+            field="lora",
+            remedy=f"choose one: add {body.model!r} to lora and set model to "
+            f"{state.engine.config.model_names[0]!r}, or leave lora out",
+        )
+    return (AdapterUse(body.model),)
+
+
+def _check_served(state: ServerState, name: str, served: set[str], *, field: str) -> None:
+    if name in served:
+        return
+    if state.engine.config.lora is None:
+        remedy = "the server runs without adapters; start it with --enable-lora"
+    else:
+        remedy = "GET /v1/models lists what is served"
+    what = "model" if field == "model" else "adapter"
+    raise UnknownModel(f"the {what} {name!r} does not exist", field=field, remedy=remedy)
+
+
+def adapter_headers(state: ServerState, uses: Sequence[AdapterUse]) -> dict[str, str]:
+    """`name@digest` of each adapter used, percent-encoded; nothing for the base model."""
+    if not uses:
+        return {}
+    refs: Mapping[str, AdapterRef] = {s.ref.name: s.ref for s in state.engine.adapters()}
+    items = [
+        f"{quote(use.name, safe='._-:@/')}@{refs[use.name].digest[:DIGEST_LENGTH]}"
+        for use in uses
+        if use.name in refs
+    ]
+    return {ADAPTERS_HEADER: ",".join(items)}

@@ -1,0 +1,236 @@
+"""An engine without a model: it keeps AsyncEngine's contract and answers predictably.
+
+A token is a character (its code point); token 1 is the special token in front of a prompt. The
+answer is "<who> index" followed by the prompt's text reversed, where who names the adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from loramux.config import EngineConfig, LoRAConfig
+from loramux.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRejected,
+    EngineStopped,
+    InvalidField,
+    LoramuxError,
+    UnknownModel,
+)
+from loramux.types import (
+    AdapterRef,
+    AdapterStatus,
+    AdapterUse,
+    Delta,
+    EngineStats,
+    SamplingParams,
+    TokenLogprob,
+    TokenLogprobs,
+)
+
+BASE = "org/base"
+SPECIAL = 1
+
+
+def reference(name: str, source: str = "/adapters/x") -> AdapterRef:
+    digest = hashlib.sha256(f"{name}{source}".encode()).hexdigest()
+    return AdapterRef(name=name, digest=digest, source=source, max_r=8, num_bytes=1000)
+
+
+class FakeEngine:
+    """`delay_s` a token; `fail_at` (token index) and `fail_with` make an answer fail there."""
+
+    def __init__(
+        self, adapters: Sequence[str] = ("alpha", "beta"), *, context: int = 200, lora: bool = True
+    ) -> None:
+        self.config = EngineConfig(
+            model=BASE, max_model_len=context, lora=LoRAConfig(max_loras=4) if lora else None
+        )
+        self.failure: BaseException | None = None
+        self.served = {name: reference(name) for name in adapters}
+        self.delay_s = 0.0
+        self.load_delay_s = 0.0
+        self.fail_at: int | None = None
+        self.fail_with: LoramuxError | None = None
+        self.refuse_with: Exception | None = None
+        self.seen: list[tuple[SamplingParams, tuple[AdapterUse, ...], list[int]]] = []
+        self.request_ids: list[str] = []
+        self.running = 0
+        self.cancelled = 0
+        self.started = False
+        self.stopping = False
+        self._ended = False
+        self._on_load: list[Callable[[AdapterRef, float], None]] = []
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        self.stopping = True
+        deadline = asyncio.get_running_loop().time() + drain_s
+        while self.running and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        self._ended = True
+
+    def die(self, cause: BaseException) -> None:
+        self.failure = cause
+        self._ended = True
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        tokens = [ord(character) for character in text]
+        return [SPECIAL, *tokens] if add_special_tokens else tokens
+
+    async def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        if messages[0]["role"] == "unknown-role":
+            raise InvalidField("messages: the chat template refuses", field="messages")
+        text = "".join(f"[{turn['role']}]{turn['content']}" for turn in messages)
+        text += "[assistant]" if add_generation_prompt else ""
+        text += str(template_kwargs) if template_kwargs else ""
+        return await self.tokenize(text)
+
+    def decode_token(self, token_id: int) -> str:
+        return chr(token_id)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        adapters: Sequence[AdapterUse] = (),
+    ) -> AsyncIterator[Delta]:
+        self._admit(request_id, prompt_token_ids, params, adapters)
+        who = "+".join(f"{use.name}*{use.scale:g}" for use in adapters) or "base"
+        prompt = "".join(chr(t) for t in prompt_token_ids if t != SPECIAL)
+        answers = [f"<{who}> {index} {prompt[::-1]}" for index in range(params.n)]
+        self.running += 1
+        open_answers = set(range(params.n))
+        cached = len(prompt_token_ids) // 2
+        try:
+            position = 0
+            while open_answers:
+                error = await self._tick(position)
+                for index in sorted(open_answers):
+                    delta = _delta(request_id, index, answers[index], position, params, cached)
+                    if error is not None:
+                        delta = Delta(request_id, index, finish_reason="error", error=error)
+                    if delta.finished:
+                        open_answers.discard(index)
+                    yield delta
+                position += 1
+        except (GeneratorExit, asyncio.CancelledError):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    def _admit(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        adapters: Sequence[AdapterUse],
+    ) -> None:
+        if self.stopping or self.failure:
+            raise EngineStopped("the engine is stopping")
+        if self.refuse_with is not None:
+            raise self.refuse_with
+        for use in adapters:
+            if use.name not in self.served:
+                raise UnknownModel(f"no adapter {use.name!r}", field="model")
+        assert request_id not in self.request_ids, "request ids are unique"
+        self.request_ids.append(request_id)
+        self.seen.append((params, tuple(adapters), list(prompt_token_ids)))
+
+    async def _tick(self, position: int) -> LoramuxError | None:
+        """Wait for one token's time; the error to end with, if there is one."""
+        deadline = time.monotonic() + self.delay_s
+        await asyncio.sleep(0)
+        while not self._ended and time.monotonic() < deadline:
+            await asyncio.sleep(min(self.delay_s, 0.01))
+        if self._ended:
+            return EngineStopped("the engine stopped before the answer was complete")
+        if self.fail_at is not None and position >= self.fail_at:
+            return self.fail_with or EngineStopped("failed on purpose")
+        return None
+
+    async def add_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+        if name in self.config.model_names:
+            raise AdapterExists(f"{name!r} is the base model", field="lora_name")
+        if name in self.served and not load_inplace:
+            raise AdapterExists(f"{name!r} is served already", field="lora_name")
+        await asyncio.sleep(self.load_delay_s)
+        if not os.path.isdir(path):
+            raise AdapterNotFound(f"there is no folder {path!r}", field="lora_path")
+        if not os.path.exists(os.path.join(path, "adapter_model.safetensors")):
+            raise AdapterRejected(name, ["adapter_model.safetensors is missing", "no weights"])
+        ref = reference(name, path)
+        self.served[name] = ref
+        for callback in self._on_load:
+            callback(ref, 0.5)
+        return ref
+
+    async def remove_adapter(self, name: str) -> None:
+        if self.served.pop(name, None) is None:
+            raise AdapterNotFound(f"{name!r} is not served", field="lora_name")
+
+    def adapters(self) -> list[AdapterStatus]:
+        return [
+            AdapterStatus(ref, "ready", users=0, on_host=True, on_device=ref.name == "alpha")
+            for ref in self.served.values()
+        ]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self.running, blocks_total=100, blocks_used=25, adapters=self.adapters()
+        )
+
+    def on_load(self, callback: Callable[[AdapterRef, float], None]) -> None:
+        self._on_load.append(callback)
+
+
+def _delta(
+    request_id: str, index: int, answer: str, position: int, params: SamplingParams, cached: int
+) -> Delta:
+    """One character; the last one, a stop string or max_tokens ends the answer."""
+    character = answer[position]
+    so_far = answer[: position + 1]
+    reason, stop = None, next((s for s in params.stop if so_far.endswith(s)), None)
+    text = character
+    if stop is not None:
+        reason, text = "stop", ""
+    elif position + 1 == len(answer):
+        reason = "stop"
+    elif position + 1 == params.max_tokens:
+        reason = "length"
+    logprobs = None
+    if params.logprobs is not None:
+        chosen = TokenLogprob(ord(character), -0.5, 1, character)
+        top = tuple(
+            TokenLogprob(ord("z") - k, -0.5 - k if k else float("-inf"), k + 1)
+            for k in range(params.logprobs)
+        )
+        logprobs = (TokenLogprobs(chosen, top),)
+    return Delta(
+        request_id,
+        index,
+        text=text,
+        token_ids=(ord(character),),
+        logprobs=logprobs,
+        finish_reason=reason,  # type: ignore[arg-type]
+        stop_reason=stop,
+        num_cached_tokens=cached,
+    )

@@ -1,0 +1,211 @@
+"""The command line: flags become settings, faults become one line."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+
+from loramux.cli import build_parser, flag_of, main, parse_size
+from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.errors import AdapterNotFound, AdapterRejected
+from loramux.server import run
+from loramux.server.run import AdapterSource
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `serve` would have been called with."""
+    calls: list[Any] = []
+
+    def serve(*arguments: Any) -> int:
+        calls.append(arguments)
+        return 0
+
+    monkeypatch.setattr(run, "serve", serve)
+    return calls
+
+
+def test_defaults(served: list[Any]) -> None:
+    assert main(["serve", "m"]) == 0
+    assert served == [(EngineConfig(model="m"), ServerConfig(), [])]
+
+
+def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> None:
+    flags = (
+        "serve m --tokenizer t --revision r --served-model-name a b --dtype float32 --device cpu "
+        "--seed 3 --max-model-len 512 --block-size 8 --kv-cache-memory-bytes 512MiB "
+        "--gpu-memory-utilization 0.5 --no-enable-prefix-caching --max-num-seqs 4 "
+        "--max-num-batched-tokens 64 --max-queue-len 9 --adapter-patience-s 1.5 "
+        "--chat-template c --enable-lora --max-lora-rank 24 --max-loras 3 --max-cpu-loras 5 "
+        "--lora-dtype float32 --lora-target-modules q_proj v_proj --fully-sharded-loras "
+        "--enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format "
+        "--host 0.0.0.0 --port 1234 --api-key k --allow-runtime-lora-updating --lora-root / "
+        "--max-body-bytes 1MiB --shutdown-timeout-s 2"
+    )
+    line = flags.split()
+    line += ["--default-mm-loras", '{"image": "p"}']
+    line += ["--lora-modules", "x=/p=q", '{"name": "y", "path": "/z", "base_model_name": "a"}']
+    assert main(line) == 0
+    engine, server, modules = served[0]
+    assert engine.model == "m" and engine.lora is not None
+    for settings in (engine, engine.lora, server):
+        # Every field was set to something else than its default: none was forgotten.
+        for name, field in type(settings).model_fields.items():
+            assert name == "model" or getattr(settings, name) != field.default, flag_of(name)
+    assert engine.kv_cache_memory_bytes == 512 << 20
+    assert engine.lora.target_modules == ["q_proj", "v_proj"]
+    assert modules == [AdapterSource("x", "/p=q"), AdapterSource("y", "/z")]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["serve"], "loramux serve MODEL"),
+        (["serve", "a", "--model", "b"], "--model"),
+        (["serve", "a", "--max-lora", "2"], "--max-lora"),
+        (["serve", "a", "--port", "x"], "--port"),
+        (["serve", "a", "--port", "70000"], "--port: "),
+        (["serve", "a", "--dtype", "int3"], "--dtype"),
+        (["serve", "a", "--kv-cache-memory-bytes", "lots"], "512MiB"),
+        (["serve", "a", "--max-loras", "2"], "--max-loras needs --enable-lora"),
+        (
+            ["serve", "a", "--lora-modules", "x=y", "--max-loras", "2"],
+            "--max-loras, --lora-modules need --enable-lora",
+        ),
+        (
+            ["serve", "a", "--enable-lora", "--max-loras", "4", "--max-cpu-loras", "2"],
+            "max_cpu_loras (2) must be >= max_loras (4)",
+        ),
+        (["serve", "a", "--enable-lora", "--max-lora-rank", "0"], "--max-lora-rank: "),
+        (["serve", "a", "--enable-lora", "--default-mm-loras", "[1]"], "JSON object"),
+        (["serve", "a", "--enable-lora", "--lora-modules", "x"], "name=path"),
+        (["serve", "a", "--enable-lora", "--lora-modules", "{"], "no JSON"),
+        (["serve", "a", "--enable-lora", "--lora-modules", '{"name": "x"}'], "path"),
+        (["serve", "a", "--enable-lora", "--lora-modules", "x=y", "x=z"], "taken"),
+        (["serve", "a", "--enable-lora", "--lora-modules", "a=z"], "taken"),
+        (["serve", "a", "--enable-lora", "--lora-modules", "../x=z"], "../x"),
+        (["serve", "a", "--allow-runtime-lora-updating", "--enable-lora"], "lora_root"),
+        (["serve", "a", "--allow-runtime-lora-updating", "--lora-root", "/"], "--enable-lora"),
+        (["adapter", "check", "p"], "--model"),
+    ],
+    ids=" ".join,
+)
+def test_faults_are_one_line(
+    served: list[Any], capsys: pytest.CaptureFixture[str], line: list[str], said: str
+) -> None:
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("loramux: error: ") and error.count("\n") == 1
+    assert said in error
+    assert served == []
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_DEBUG", "1")
+    with pytest.raises(ValueError, match="no model"):
+        main(["serve"])
+
+
+def test_an_unexpected_error_says_how_to_see_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(*_: Any) -> int:
+        raise OSError("the disk\nis full")
+
+    monkeypatch.setattr(run, "serve", serve)
+    assert main(["serve", "m"]) == 2
+    error = capsys.readouterr().err
+    assert "OSError: the disk is full" in error and "LORAMUX_DEBUG=1" in error
+
+
+@pytest.mark.parametrize("line", [["--help"], ["serve", "--help"], ["adapter", "check", "--help"]])
+def test_help(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+    assert main(line) == 0
+    assert "usage: loramux" in capsys.readouterr().out
+
+
+def test_every_flag_has_a_help_text() -> None:
+    for settings in (EngineConfig, LoRAConfig, ServerConfig):
+        assert all(field.description for field in settings.model_fields.values())
+    assert build_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1024", 1024),
+        ("1B", 1),
+        ("2KiB", 2048),
+        ("512MiB", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("4gib", 4 << 30),
+        ("4GB", 4 * 10**9),
+        ("1 TiB", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+class Report:
+    rows: tuple[Any, ...] = ()
+
+    def format(self) -> str:
+        return "everything binds"
+
+
+def test_adapter_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers: dict[str, Any] = {
+        "good": Report(),
+        "bad": AdapterRejected("bad", ["DoRA is not served", "a bias is set"]),
+        "gone": AdapterNotFound("there is no folder gone"),
+    }
+
+    def check_adapter(path: str, model: str, config: LoRAConfig) -> Any:
+        assert (model, config.max_lora_rank) == ("m", 32)
+        if isinstance(answers[path], Exception):
+            raise answers[path]
+        return answers[path]
+
+    module = ModuleType("loramux.llm")
+    module.check_adapter = check_adapter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "loramux.llm", module)
+    codes = [
+        main(["adapter", "check", path, "--model", "m", "--max-lora-rank", "32"])
+        for path in ("good", "bad", "gone")
+    ]
+    assert codes == [0, 1, 2]
+    out = capsys.readouterr().out
+    assert "everything binds" in out and "DoRA is not served" in out and "a bias is set" in out
+
+
+def test_bench_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("loramux.bench")
+    module.main = lambda argv: len(argv)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "loramux.bench", module)
+    assert main(["bench", "--help", "x"]) == 2
+
+
+def test_a_taken_port_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "no/such/model", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_an_adapter_that_fails_aborts_the_start() -> None:
+    engine = FakeEngine()
+    listener = run.bind("127.0.0.1", 0)
+    sources = [AdapterSource("new", "/no/such/folder")]
+    with listener, pytest.raises(AdapterNotFound):
+        run.serve_engine(engine, ServerConfig(), sources, listener)  # type: ignore[arg-type]
+    assert engine.started and engine.stopping
