@@ -28,6 +28,7 @@ class ModelSchema:
     modules: dict[str, ModuleSpec]
     refused: dict[str, str] = field(default_factory=dict)
 
-    def bytes_per_row(self, element_bytes: int) -> int:
-        """Bytes that one rank row costs over all modules: A [in] and B [out] of each."""
-        return element_bytes * sum(m.in_features + m.out_features for m in self.modules.values())
+    @property
+    def elements_per_row(self) -> int:
+        """What one rank row costs over all modules: A [in] and B [out] of each."""
+        return sum(m.in_features + m.out_features for m in self.modules.values())

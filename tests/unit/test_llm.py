@@ -106,8 +106,9 @@ def test_bad_adapters_are_refused_before_anything_runs(llm: LLM, tiny_world: Tin
         llm.generate("x", GREEDY, lora_request=LoRARequest("bad", 1, str(tiny_world.model)))
     with pytest.raises(InvalidField, match="no lora_path"):
         llm.generate("x", GREEDY, lora_request=LoRARequest("bad", 1))
-    with LLM(str(tiny_world.model), device="cpu") as plain, pytest.raises(
-        ConfigError, match="enable_lora"
+    with (
+        LLM(str(tiny_world.model), device="cpu") as plain,
+        pytest.raises(ConfigError, match="enable_lora"),
     ):
         plain.generate("x", GREEDY, lora_request=LoRARequest("a", 1, "x"))
 

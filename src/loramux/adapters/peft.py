@@ -101,7 +101,8 @@ def _read_header(folder: Path) -> tuple[list[_Tensor], list[str]]:
         return [], [f"{WEIGHTS_NAME} is missing"]
     try:
         with safe_open(str(path), framework="pt") as file:
-            slices: list[tuple[str, Any]] = [(key, file.get_slice(key)) for key in file]
+            keys = list(file.keys())
+            slices: list[tuple[str, Any]] = [(key, file.get_slice(key)) for key in keys]
             return [_Tensor(k, tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices], []
     except (SafetensorError, OSError, ValueError) as error:
         return [], [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]

@@ -90,6 +90,7 @@ class ModelFacts:
     max_positions: int
     kv_bytes_per_token: int
     free_bytes: int
+    adapter_elements_per_row: int = 0  # A and B of one rank row, over all modules
     length_limit_reason: str = "the model's max_position_embeddings"
 
 
@@ -103,14 +104,14 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 512)
     if tokens < 1:
         raise ConfigError("max_num_batched_tokens must be positive", field="max_num_batched_tokens")
-    kv_bytes = config.kv_cache_memory_bytes or _default_kv_bytes(facts, on_gpu)
+    lora = config.lora.verify_with_model_config(facts) if config.lora else None
+    kv_bytes = config.kv_cache_memory_bytes or _default_kv_bytes(facts, on_gpu, lora)
     # No more than every sequence at full length could ever fill.
     most = (length + config.block_size) * config.max_num_seqs * facts.kv_bytes_per_token
     kv_bytes = min(kv_bytes, most)
     needed = (length + config.block_size) * facts.kv_bytes_per_token
     if kv_bytes < needed:
         length = _shrink_length(config, facts, kv_bytes)
-    lora = config.lora.verify_with_model_config(facts) if config.lora else None
     return config.model_copy(
         update={
             "dtype": facts.dtype,
@@ -140,8 +141,18 @@ def _resolve_length(config: EngineConfig, facts: ModelFacts) -> int:
     return length
 
 
-def _default_kv_bytes(facts: ModelFacts, on_gpu: bool) -> int:
-    return facts.free_bytes if on_gpu else min(4 * GIB, facts.free_bytes // 4)
+def _default_kv_bytes(facts: ModelFacts, on_gpu: bool, lora: LoRAConfig | None) -> int:
+    if not on_gpu:
+        return min(4 * GIB, facts.free_bytes // 4)
+    pool = adapter_pool_bytes(lora, facts) if lora else 0
+    # A tenth of what is left is for activations and logits, which nobody measures beforehand.
+    return max(0, facts.free_bytes - pool) * 9 // 10
+
+
+def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
+    """Bytes of the rank-row pool: `max_loras * max_lora_rank` rows of every module."""
+    element = 4 if lora.lora_dtype == "float32" else 2
+    return lora.max_loras * lora.max_lora_rank * facts.adapter_elements_per_row * element
 
 
 def _shrink_length(config: EngineConfig, facts: ModelFacts, kv_bytes: int) -> int:

@@ -63,6 +63,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         max_positions=positions,
         kv_bytes_per_token=_kv_bytes(attached, model.dtype),
         free_bytes=_free_bytes(device, config.gpu_memory_utilization),
+        adapter_elements_per_row=attached.schema.elements_per_row,
         length_limit_reason=reason,
     )
     text = hf_config.get_text_config()
