@@ -20,6 +20,7 @@ from loramux.errors import LoramuxError, UnsupportedModel
 from loramux.layers.attention import PagedAttention, attention_function
 from loramux.layers.batch import StepBatch
 from loramux.layers.linear import LinearSlice, MergedLinear
+from loramux.models.norms import fuse_norms
 from loramux.schema import ModelSchema, ModuleSpec
 
 ATTENTION_NAME = "loramux_paged"
@@ -64,6 +65,7 @@ def attach(model: PreTrainedModel, lora: LoRAConfig | None) -> Attached:
         for group in _groups(parent):
             _merge(parent, path, group, batch, names)
     attentions = _attach_attention(model, batch)
+    fuse_norms(model)
     attached = Attached(model, batch, [], [], ModelSchema({}), names=names)
     probe(attached)
     _split_unshared(attached)
@@ -133,6 +135,11 @@ def _attach_attention(model: PreTrainedModel, batch: StepBatch) -> list[PagedAtt
             attention = PagedAttention(batch, int(module.layer_idx))
             module.loramux_attention = attention
             attentions.append(attention)
+    if not attentions:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no attention layers that transformers' registry reaches",
+            field="model",
+        )
     return attentions
 
 

@@ -123,10 +123,7 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
             f"the weights of {config.model!r} cannot be read: {_first_line(error)}", field="model"
         ) from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(
-            f"{hf_config.model_type} model {config.model!r} cannot be entered: {_first_line(error)}",
-            field="model",
-        ) from error
+        raise _cannot_enter(config, hf_config, error) from error
     model, info = loaded
     missing = sorted(info.get("missing_keys") or ())
     if missing:
@@ -135,6 +132,17 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
             field="model",
         )
     return model
+
+
+def _cannot_enter(
+    config: EngineConfig, hf_config: PreTrainedConfig, error: Exception
+) -> UnsupportedModel:
+    why = _first_line(error)
+    if ATTENTION_NAME in why:
+        why = "its attention does not go through transformers' attention registry"
+    return UnsupportedModel(
+        f"{hf_config.model_type} model {config.model!r} cannot be entered: {why}", field="model"
+    )
 
 
 def _max_positions(config: PreTrainedConfig) -> tuple[int, str]:
@@ -211,8 +219,5 @@ def load_schema(config: EngineConfig) -> Attached:
                 hf_config, attn_implementation=ATTENTION_NAME, dtype=torch.float32
             )
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(
-            f"{hf_config.model_type} model {config.model!r} cannot be entered: {_first_line(error)}",
-            field="model",
-        ) from error
+        raise _cannot_enter(config, hf_config, error) from error
     return attach(model, config.lora)

@@ -1,0 +1,95 @@
+"""Write docs/configuration.md from the settings' own fields: python docs/generate.py [--check]
+
+The text of each field is its docstring in src/loramux/config; nothing here repeats it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from loramux.cli import NOT_FLAGS, flag_of
+from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.config.lora import DUAL_STREAM_VARIABLE, NOT_SERVED_YET
+
+PAGE = Path(__file__).with_name("configuration.md")
+SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
+    ("Engine", "`LLM(...)` and `loramux serve`.", EngineConfig),
+    ("LoRA", "The same two, with `enable_lora=True` or `--enable-lora`.", LoRAConfig),
+    ("Server", "`loramux serve` only.", ServerConfig),
+)
+HEAD = """# Configuration
+
+<!-- Written by docs/generate.py from src/loramux/config. Change the docstrings there, then `make docs`. -->
+
+Every setting is a keyword argument of `LLM` and a flag of `loramux serve`. An unknown name is an
+error, and so is a setting whose machinery is not there yet: nothing is accepted and ignored.
+"""
+TAIL = f"""
+## Environment
+
+| variable | meaning |
+|---|---|
+| `LORAMUX_CACHE` | Where the demo model is kept, instead of `~/.cache/loramux`. |
+| `LORAMUX_CPU_KERNELS` | `reference` runs the plain torch twins of the CPU kernels. |
+| `LORAMUX_DEBUG` | `1` shows the traceback of an error that the command line would print in one line. |
+| `{DUAL_STREAM_VARIABLE}` | Run the two halves of LoRA on two CUDA streams. Refused off CUDA; no effect with `fully_sharded_loras`. Not served yet. |
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for title, where, settings in SECTIONS:
+        parts.append(f"\n## {title}\n\n{where}\n\n| setting | type | default | meaning |\n")
+        parts.append("|---|---|---|---|\n")
+        parts += [
+            row(name, field)
+            for name, field in settings.model_fields.items()
+            if name not in NOT_FLAGS or name == "model"
+        ]
+    return "".join(parts) + TAIL
+
+
+def row(name: str, field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split())
+    if name in NOT_SERVED_YET:
+        meaning += " **Not served yet: refused when set.**"
+    shown = f"`{name}`" if name == "model" else f"`{name}`<br>`{flag_of(name)}`"
+    cells = (shown, f"`{type_name(field.annotation)}`", default_of(field), meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def default_of(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    return "none" if field.default is None else f"`{field.default}`"
+
+
+def type_name(kind: Any) -> str:
+    """`int`, `list[str]`, `"auto" | "float32"`: without None, which the default shows."""
+    arguments = [part for part in get_args(kind) if part is not type(None)]
+    origin = get_origin(kind)
+    if not arguments:
+        return str(kind.__name__)
+    if isinstance(arguments[0], str):
+        return " | ".join(f'"{word}"' for word in arguments)
+    names = [type_name(part) for part in arguments]
+    return f"{origin.__name__}[{', '.join(names)}]" if origin in (list, dict) else " | ".join(names)
+
+
+def main(argv: list[str]) -> int:
+    page = render()
+    if "--check" in argv:
+        return 0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page else 1
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
