@@ -97,3 +97,22 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert chosen.logprobs.chosen.rank == int((raw > raw[4]).sum()) + 1
     assert [t.token_id for t in chosen.logprobs.top] == raw.topk(3).indices.tolist()
     assert [t.rank for t in chosen.logprobs.top] == [1, 2, 3]
+
+
+def test_a_flat_distribution_is_cut_right_beyond_the_window() -> None:
+    size = 5000
+    logits = torch.zeros(1, size)
+    kept = int(size * 0.9)
+    tokens = {
+        sample(logits, [_spec(i, temperature=1.0, top_p=0.9)])[0].token_id for i in range(300)
+    }
+    order = logits[0].topk(size).indices[: kept + 1].tolist()
+    assert tokens <= set(order) and len(tokens) > 200
+
+
+def test_neighbours_with_other_windows_change_nothing() -> None:
+    logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(5))
+    spec = _spec(11, 3, temperature=1.0, top_k=7)
+    alone = sample(logits[:1], [spec])[0].token_id
+    others = [spec, _spec(1, temperature=9.0, top_p=0.99), _spec(2, temperature=1.0, top_k=2500)]
+    assert sample(logits, others)[0].token_id == alone

@@ -76,6 +76,10 @@ class Runner:
         seen = {id(merged): merged for merged, _ in self.attached.names.values()}
         for merged in seen.values():
             merged.pack()
+        for module in self.attached.model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                # The last that points into the mapped checkpoint, whose pages count as ours.
+                module.weight.data = module.weight.data.clone()
 
     def _fill_batch(self, plan: StepPlan) -> None:
         batch = self.attached.batch

@@ -8,11 +8,15 @@ an answer with a seed is the same in every batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from loramux.engine.plan import Sampled, SampleSpec
 from loramux.types import SamplingParams, TokenLogprob, TokenLogprobs
+
+WINDOW = 1024  # tokens that are looked at before the whole vocabulary is sorted
 
 
 def sample(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
@@ -77,18 +81,34 @@ def _penalise(row: torch.Tensor, spec: SampleSpec) -> None:
 def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
     """One random token for each row of `logits` [D, V]: argmax of p / e with e ~ Exp(1)."""
     temperature = _column(logits, [s.params.temperature for s in specs])  # [D, 1]
-    logits = logits / temperature
-    logits = _cut_min_p(logits, specs)
-    logits = _cut_top(logits, specs)
-    probabilities = logits.softmax(dim=-1)  # [D, V]
-    noise = torch.stack([_noise(spec, logits.shape[-1]) for spec in specs])  # [D, V]
-    return (probabilities / noise.to(logits.device)).argmax(dim=-1)  # [D]
+    logits = _cut_min_p(logits / temperature, specs)  # [D, V]
+    size = logits.shape[-1]
+    # How a row is drawn depends on its own settings alone, so its neighbours cannot change it.
+    cut = [i for i, s in enumerate(specs) if _top_k(s, size) < size or s.params.top_p < 1.0]
+    whole = [i for i in range(len(specs)) if i not in set(cut)]
+    chosen = torch.empty(len(specs), dtype=torch.long, device=logits.device)  # [D]
+    if whole:
+        chosen[whole] = _race(logits[whole], [specs[i] for i in whole])
+    if cut:
+        rows = [specs[i] for i in cut]
+        window, tokens = _likeliest(logits[cut], rows)  # [C, W], [C, W]
+        place = _race(window, rows)  # [C]
+        chosen[cut] = tokens.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+    return chosen
 
 
-def _noise(spec: SampleSpec, size: int) -> torch.Tensor:
+def _race(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+    """Winner of each row of [D, W]. Of a longer row, the noise of the first places is the same."""
+    width = logits.shape[-1]
+    noise = np.stack([_noise(spec, width) for spec in specs])  # [D, W]
+    probabilities = logits.softmax(dim=-1)  # [D, W]
+    return (probabilities / torch.from_numpy(noise).to(logits.device)).argmax(dim=-1)  # [D]
+
+
+def _noise(spec: SampleSpec, size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Exp(1) draws that depend on seed and position only; made on the CPU so devices agree."""
-    generator = torch.Generator().manual_seed((spec.seed * 1_000_003 + spec.position) % (1 << 63))
-    return torch.empty(size).exponential_(generator=generator).clamp_(min=1e-30)  # [V]
+    generator = np.random.Generator(np.random.SFC64([spec.seed & (2**63 - 1), spec.position]))
+    return np.maximum(generator.standard_exponential(size, dtype=np.float32), 1e-30)  # [size]
 
 
 def _cut_min_p(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
@@ -99,20 +119,34 @@ def _cut_min_p(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tenso
     return logits.masked_fill(logits < floor, -torch.inf)
 
 
-def _cut_top(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    """Keep the top_k likeliest tokens, then the fewest of them that hold top_p of the mass."""
+def _top_k(spec: SampleSpec, size: int) -> int:
+    return spec.params.top_k if 0 < spec.params.top_k < size else size
+
+
+def _likeliest(
+    logits: torch.Tensor, specs: Sequence[SampleSpec]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of [C, V], the tokens that top_k and top_p leave: logits [C, W], -inf where cut, and ids.
+
+    The whole vocabulary is sorted only if the first `WINDOW` places do not hold enough mass.
+    """
     size = logits.shape[-1]
-    top_k = [s.params.top_k if 0 < s.params.top_k < size else size for s in specs]
-    top_p = [s.params.top_p for s in specs]
-    if min(top_k) == size and min(top_p) >= 1.0:
-        return logits
-    ordered, index = logits.sort(dim=-1, descending=True)  # [D, V]
-    position = torch.arange(size, device=logits.device)  # [V]
-    cut = position >= _column(logits, top_k)  # [D, V]
-    mass = ordered.masked_fill(cut, -torch.inf).softmax(dim=-1).cumsum(dim=-1)  # [D, V]
-    before = mass - ordered.masked_fill(cut, -torch.inf).softmax(dim=-1)  # [D, V]
-    cut |= (before >= _column(logits, top_p)) & (position > 0)  # the likeliest token always stays
-    return logits.masked_fill(cut.scatter(-1, index, cut), -torch.inf)  # [D, V]
+    top_k = _column(logits, [_top_k(s, size) for s in specs])  # [C, 1]
+    top_p = _column(logits, [s.params.top_p for s in specs])  # [C, 1]
+    widest = max((k for s in specs if (k := _top_k(s, size)) < size), default=1)
+    total = logits.logsumexp(dim=-1, keepdim=True)  # [C, 1]
+    for width in (min(size, max(WINDOW, widest)), size):
+        window, tokens = logits.topk(width)  # [C, W], likeliest first
+        place = torch.arange(width, device=logits.device)  # [W]
+        window = window.masked_fill(place >= top_k, -torch.inf)
+        # top_p counts the mass of what top_k left
+        mass = torch.where(top_k < size, window.logsumexp(-1, keepdim=True), total)  # [C, 1]
+        share = (window - mass).exp()  # [C, W]
+        through = share.cumsum(dim=-1)  # [C, W]
+        if width == size or bool(((through[:, -1:] >= top_p) | (top_k < size)).all()):
+            break
+    cut = (through - share >= top_p) & (place > 0)  # the likeliest token always stays
+    return window.masked_fill(cut, -torch.inf), tokens
 
 
 def _column(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:

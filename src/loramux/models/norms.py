@@ -24,10 +24,11 @@ class FusedRMSNorm(nn.Module):
 
     def __init__(self, weight: torch.Tensor, eps: float, mode: NormMode):
         super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        # A copy: the original may be a piece of a mapped file, which it would keep in memory.
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.eps = eps
         self.mode = mode
-        self._weight = weight.detach()  # nn.Module looks parameters up slowly
+        self._weight = self.weight.data  # nn.Module looks parameters up slowly
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self._weight, self.eps, self.mode)
