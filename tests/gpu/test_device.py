@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import TinyWorld, save_model
 
 from loramux import LLM, LoRARequest, SamplingParams
+from tiny import TinyWorld, save_model
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import COMMON, VOCAB, TinyWorld, save_model, tokenizer
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -19,6 +18,7 @@ from loramux.config import EngineConfig
 from loramux.errors import ConfigError, UnsupportedModel
 from loramux.models.loader import load_model, load_schema
 from loramux.models.norms import FusedRMSNorm, fuse_norms
+from tiny import COMMON, VOCAB, TinyWorld, save_model, tokenizer
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "mamba": (
