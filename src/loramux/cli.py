@@ -18,6 +18,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.config.neutral import ANYTHING, NEUTRAL, drop_neutral
 from loramux.errors import AdapterRejected, ConfigError, LoramuxError
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def _add_serve(commands: Any) -> None:
     )
     add_flags(lora, LoRAConfig)
     add_flags(serve.add_argument_group("server"), ServerConfig)
+    _add_neutral(serve)
 
 
 def _add_check(commands: Any) -> None:
@@ -129,6 +131,18 @@ def _add_check(commands: Any) -> None:
     check.add_argument("path", metavar="PATH", help="the adapter's folder")
     check.add_argument("--model", required=True, help="local path or Hub id of the base model")
     add_flags(check.add_argument_group("LoRA"), LoRAConfig)
+
+
+def _add_neutral(parser: argparse.ArgumentParser) -> None:
+    """vLLM's flags that may be given as long as they ask for nothing; not in the help."""
+    for name, values in NEUTRAL.items():
+        is_switch = isinstance(values[0], bool) or (values[0] is ANYTHING and name != "swap_space")
+        kind: dict[str, Any] = {"type": int if isinstance(values[0], int) else str}
+        if is_switch:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(
+            flag_of(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kind
+        )
 
 
 def flag_of(field: str) -> str:
@@ -290,6 +304,7 @@ def _model_of(given: argparse.Namespace) -> str:
 def _serve(given: argparse.Namespace) -> int:
     config = settings_from(EngineConfig, given, model=_model_of(given), lora=lora_settings(given))
     server_config = settings_from(ServerConfig, given)
+    drop_neutral({name: getattr(given, name) for name in NEUTRAL if name in given})
     adapters = parse_modules(given.lora_modules or [], config.model_names)
     from loramux.server.run import serve
 

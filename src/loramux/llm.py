@@ -15,10 +15,11 @@ from rich.progress import Progress
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.report import BindingReport
 from loramux.config import EngineConfig, LoRAConfig
+from loramux.config.neutral import drop_neutral
 from loramux.engine.engine import Engine
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.models.loader import load_schema
-from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprobs
+from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprob
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 
@@ -44,13 +45,17 @@ LoRA = LoRARequest | Sequence[LoRARequest] | None
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. `cumulative_logprob` and `logprobs` are None unless logprobs were asked for."""
+    """One answer.
+
+    `cumulative_logprob` and `logprobs` are None unless logprobs were asked for. `logprobs[i]` maps
+    token ids to their log-probabilities at step i: the chosen one first, then the likeliest.
+    """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[dict[int, TokenLogprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     lora_request: LoRA = None
@@ -76,7 +81,8 @@ class LLM:
     """A model with its adapters in this process.
 
     Keyword arguments are the fields of `EngineConfig` and, with `enable_lora=True`, those of
-    `LoRAConfig`. A name that is neither is refused. Raises ConfigError or UnsupportedModel.
+    `LoRAConfig`. A name that is neither is refused, but for vLLM's settings at a value that asks for
+    nothing (`tensor_parallel_size=1`). Raises ConfigError or UnsupportedModel.
     """
 
     def __init__(self, model: str, *, enable_lora: bool = False, **settings: Any):
@@ -267,6 +273,7 @@ def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> Bind
 def engine_config(model: str, *, enable_lora: bool = False, **settings: Any) -> EngineConfig:
     """An EngineConfig from flat keyword arguments; unknown names are refused, all at once."""
     lora_fields, engine_fields = set(LoRAConfig.model_fields), set(EngineConfig.model_fields)
+    settings = drop_neutral(settings)
     unknown = sorted(set(settings) - lora_fields - engine_fields)
     if unknown:
         raise ConfigError(f"unknown settings: {', '.join(unknown)}", field=unknown[0])
@@ -289,8 +296,10 @@ def _append(output: RequestOutput, delta: Delta) -> None:
     answer.text += delta.text
     answer.token_ids += delta.token_ids
     if delta.logprobs is not None and answer.logprobs is not None:
-        answer.logprobs += delta.logprobs
-        answer.cumulative_logprob = sum(entry.chosen.logprob for entry in answer.logprobs)
+        for entry in delta.logprobs:
+            answer.logprobs.append({item.token_id: item for item in (entry.chosen, *entry.top)})
+            assert answer.cumulative_logprob is not None
+            answer.cumulative_logprob += entry.chosen.logprob
     answer.finish_reason = delta.finish_reason
     answer.stop_reason = delta.stop_reason
     output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)

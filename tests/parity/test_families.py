@@ -110,6 +110,6 @@ def test_logprobs_equal_peft(case) -> None:
         tokens = [*prompt, *answer.token_ids]
         wanted = oracle.logits(tokens[:-1], composition).log_softmax(-1)[len(prompt) - 1 :]
         for step, entry in enumerate(answer.logprobs or []):
-            for item in (entry.chosen, *entry.top):
-                assert item.logprob == pytest.approx(float(wanted[step, item.token_id]), abs=2e-3)
-            assert entry.chosen.rank == 1
+            for token, item in entry.items():
+                assert item.logprob == pytest.approx(float(wanted[step, token]), abs=2e-3)
+            assert entry[answer.token_ids[step]].rank == 1

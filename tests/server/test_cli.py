@@ -209,3 +209,13 @@ def test_an_adapter_that_fails_aborts_the_start() -> None:
     with listener, pytest.raises(AdapterNotFound):
         run.serve_engine(engine, ServerConfig(), sources, listener)  # type: ignore[arg-type]
     assert engine.started and engine.stopping
+
+
+def test_vllm_flags_that_ask_for_nothing_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    given = build_parser().parse_args(
+        ["serve", "--enforce-eager", "--tensor-parallel-size", "1", "--swap-space", "4", "model"]
+    )
+    assert given.model_positional == "model"
+    assert main(["serve", "model", "--tensor-parallel-size", "2", "--trust-remote-code"]) == 2
+    error = capsys.readouterr().err
+    assert "tensor_parallel_size=2" in error and "trust_remote_code" in error

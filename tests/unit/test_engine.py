@@ -326,7 +326,7 @@ def test_settings_are_checked(tiny_world: TinyWorld) -> None:
         LLM(str(tiny_world.model), enable_lora=True, max_lora=3)
     with pytest.raises(ConfigError, match="enable_lora"):
         LLM(str(tiny_world.model), max_loras=3)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         LLM(str(tiny_world.model / "nothing"))
     with pytest.raises(ConfigError, match="match no linear module"):
         LLM(str(tiny_world.model), enable_lora=True, target_modules=["nope"], device="cpu")

@@ -88,10 +88,11 @@ def test_logprobs(llm: LLM) -> None:
     [output] = llm.generate("hello", SamplingParams(temperature=0, max_tokens=3, logprobs=2))
     answer = output.outputs[0]
     assert answer.logprobs is not None and len(answer.logprobs) == len(answer.token_ids)
-    assert answer.cumulative_logprob == pytest.approx(
-        sum(e.chosen.logprob for e in answer.logprobs)
-    )
-    assert all(len(e.top) == 2 and e.top[0] == e.chosen for e in answer.logprobs)
+    chosen = [entry[token] for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    assert answer.cumulative_logprob == pytest.approx(sum(item.logprob for item in chosen))
+    for entry, item in zip(answer.logprobs, chosen, strict=True):
+        assert len(entry) == 2 and next(iter(entry.values())) == item and item.rank == 1
+        assert llm.get_tokenizer().decode([item.token_id]) == item.decoded_token
 
 
 def test_answers_end_where_the_context_does(llm: LLM) -> None:
@@ -121,3 +122,12 @@ def test_add_lora_reads_ahead(llm: LLM, tiny_world: TinyWorld) -> None:
 def test_check_adapter_needs_no_weights(tiny_world: TinyWorld) -> None:
     report = check_adapter(str(tiny_world.adapters["c"]), str(tiny_world.model))
     assert (report.name, report.max_r, report.num_modules) == ("c", 2, 21)
+
+
+def test_vllm_settings_that_ask_for_nothing_are_accepted(tiny_world: TinyWorld) -> None:
+    neutral = {"tensor_parallel_size": 1, "enforce_eager": True, "trust_remote_code": False}
+    with LLM(str(tiny_world.model), device="cpu", **neutral) as llm:
+        assert llm.generate("x", GREEDY)
+    with pytest.raises(ConfigError) as caught:
+        LLM(str(tiny_world.model), tensor_parallel_size=2, quantization="awq", device="cpu")
+    assert "tensor_parallel_size=2" in str(caught.value) and "quantization" in str(caught.value)

@@ -6,6 +6,8 @@ fetch(ref)          host cache, or read again from the source             (retur
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import time
 from collections.abc import Callable
@@ -23,6 +25,16 @@ from loramux.schema import ModelSchema
 from loramux.types import AdapterRef, AdapterStatus
 
 logger = logging.getLogger(__name__)
+
+
+def _compute_alone() -> None:
+    """Keep this thread from ever having an OpenMP team, which would slow the step loop's down.
+
+    torch.set_num_threads would do it for every thread, so the runtime is asked itself.
+    """
+    torch.get_num_threads()  # torch sets this thread's count at first use; do it before us
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 class AdapterStore:
@@ -46,7 +58,9 @@ class AdapterStore:
         self.reads = 0
         self.on_load: Callable[[AdapterRef, float], None] | None = None
         # One reader: two would only compete for the same disk and cores.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="adapter-reader", initializer=_compute_alone
+        )
 
     def add(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
         """Serve the adapter in `path` under `name`.

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from loramux.config import EngineConfig
 from loramux.engine.engine import Engine
+from loramux.engine.loop_thread import LoopThread
 from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats, SamplingParams
 
@@ -23,27 +23,26 @@ logger = logging.getLogger(__name__)
 class AsyncEngine:
     """What the server talks to."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, thread: LoopThread):
         self._engine = engine
+        self._thread = thread
         self.config: EngineConfig = engine.config
         self.failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._queues: dict[str, asyncio.Queue[Delta]] = {}
         self._stopping = False
         self._halt = False
-        self._failed = asyncio.Event()
 
     @classmethod
     def create(cls, config: EngineConfig) -> AsyncEngine:
         """Load everything; takes seconds. Raises ConfigError or UnsupportedModel."""
-        return cls(Engine(config))
+        thread = LoopThread("step-loop")
+        return cls(thread.submit(Engine, config).result(), thread)
 
     async def start(self) -> None:
         """Start the step loop on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
-        self._thread.start()
+        self._thread.submit(self._run)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for `drain_s` seconds, end the rest with
@@ -55,13 +54,8 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         self._halt = True
         self._engine.inbox.post(lambda: None)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.close)
         await asyncio.to_thread(self._engine.close)
-
-    async def failed(self) -> None:
-        """Return when the step loop has died; `failure` says of what."""
-        await self._failed.wait()
 
     # --- text ----------------------------------------------------------------------------------
 
@@ -169,8 +163,6 @@ class AsyncEngine:
             reason = error if isinstance(error, LoramuxError) else EngineError("the engine died")
             self._engine.stop()
             self._publish(self._engine.fail_all(reason))
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._failed.set)
 
     def _publish(self, deltas: list[Delta]) -> None:
         if deltas and self._loop is not None and not self._loop.is_closed():

@@ -81,7 +81,7 @@ def probe(attached: Attached) -> None:
     positions = torch.arange(3, device=model.device).unsqueeze(0)  # [1, 3]
     try:
         with torch.inference_mode():
-            model(
+            output = model(
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,
@@ -95,6 +95,12 @@ def probe(attached: Attached) -> None:
             f"{type(error).__name__}: {error}",
             field="model",
         ) from error
+    if output.logits.shape[:2] != (1, 1):
+        raise UnsupportedModel(
+            f"{type(model).__name__} ignores logits_to_keep: it returned logits of "
+            f"{output.logits.shape[1]} positions where one was asked for",
+            field="model",
+        )
 
 
 def _groups(parent: nn.Module) -> Iterator[list[str]]:

@@ -72,6 +72,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 def read_config(model: str, revision: str | None) -> PreTrainedConfig:
     """The model's configuration, refused early where the kind of model is not served."""
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise ConfigError(f"the model folder {model!r} does not exist", field="model")
     try:
         config = AutoConfig.from_pretrained(_local(model), revision=revision)
     except (OSError, ValueError, KeyError) as error:
