@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,15 @@ if str(EXAMPLES) not in sys.path:
 
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
-    """Return the folder of the demo model, fetched on the first use on this machine."""
+    """Return the folder of the demo model, fetched on the first use on this machine.
+
+    Without a network these tests are skipped, but never where CI counts on them.
+    """
     from demo_model import ensure_demo_model
 
-    return ensure_demo_model()
+    try:
+        return ensure_demo_model()
+    except RuntimeError as error:
+        if os.environ.get("CI") or "could not download" not in str(error):
+            raise
+        pytest.skip(f"the demo model is not here and cannot be fetched: {error}")
