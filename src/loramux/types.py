@@ -206,20 +206,15 @@ class Request:
         return compose([(ref.digest, scale) for ref, scale in self.adapters])
 
 
-AdapterState = Literal["loading", "ready", "draining", "failed"]
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
     """What an operator wants to know about one adapter version."""
 
     ref: AdapterRef
-    state: AdapterState
     users: int
     on_host: bool
     on_device: bool
     load_s: float | None = None
-    error: str | None = None
 
 
 @dataclass(slots=True)

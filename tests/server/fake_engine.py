@@ -189,7 +189,7 @@ class FakeEngine:
 
     def adapters(self) -> list[AdapterStatus]:
         return [
-            AdapterStatus(ref, "ready", users=0, on_host=True, on_device=ref.name == "alpha")
+            AdapterStatus(ref, users=0, on_host=True, on_device=ref.name == "alpha")
             for ref in self.served.values()
         ]
 

@@ -1,7 +1,6 @@
 """Names, versions and users of adapters. Torch-free; safe to call from any thread.
 
-    name --current--> version (one digest) --state--> READY -> DRAINING -> gone
-                                                        (a name being read: LOADING, or FAILED)
+    name --current--> version (one digest) --name moved on or removed--> drains --last user--> gone
 
 A name points at one version at a time. Other bytes under the same name are another version: the
 name moves on, the old version drains until its last request has finished, then it is gone.

@@ -1,6 +1,6 @@
 """Adapters from disk to host memory, in a thread of their own: the step loop never waits for a file.
 
-add(name, folder)   read, check, digest -> registry READY, host cache     (blocks the caller only)
+add(name, folder)   read, check, digest -> registry, host cache     (blocks the caller only)
 fetch(ref)          host cache, or read again from the source             (returns a Future)
 """
 
@@ -95,7 +95,6 @@ class AdapterStore:
             rows.append(
                 AdapterStatus(
                     ref=ref,
-                    state="ready",
                     users=self.registry.users(ref.digest),
                     on_host=ref.digest in self.host,
                     on_device=on_device(ref.digest),

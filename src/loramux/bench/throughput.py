@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     console = Console(stderr=True)
+    head = header(_settings(options, argv))  # now: the commit is that of the code that runs
     try:
         commands = worker_commands(options)
         with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
@@ -53,12 +54,6 @@ def main(argv: Sequence[str]) -> int:
     except (BenchError, ValueError) as error:
         console.print(f"loramux bench: {error}", style="red", markup=False)
         return 1
-    settings = {
-        key: value for key, value in vars(options).items() if key not in ("output", "peers")
-    }
-    settings["model"] = Path(options.model).name
-    settings["vllm_python"] = options.vllm_python is not None
-    head = header(settings)
     if options.output is not None:
         path = options.output if options.output.suffix == ".jsonl" else result_path(options.output)
         write_results(path, head, rows)
@@ -66,6 +61,19 @@ def main(argv: Sequence[str]) -> int:
     out = Console()
     out.print(table(rows), width=None if out.is_terminal else 100)
     return 0
+
+
+def _settings(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What was asked for, without the paths of this machine."""
+    settings = {
+        key: value for key, value in vars(options).items() if key not in ("output", "peers")
+    }
+    model = settings["model"] = Path(options.model).name
+    settings["vllm_python"] = options.vllm_python is not None
+    hidden = {options.model: model, options.vllm_python: "PYTHON"}
+    words = ["loramux", "bench", "throughput", *(hidden.get(word, word) for word in argv)]
+    settings["command"] = " ".join(words)
+    return settings
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -102,8 +102,6 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
     length = _resolve_length(config, facts)
     on_gpu = facts.device.startswith("cuda")
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 512)
-    if tokens < 1:
-        raise ConfigError("max_num_batched_tokens must be positive", field="max_num_batched_tokens")
     lora = config.lora.verify_with_model_config(facts) if config.lora else None
     kv_bytes = config.kv_cache_memory_bytes or _default_kv_bytes(facts, on_gpu, lora)
     # No more than every sequence at full length could ever fill.
