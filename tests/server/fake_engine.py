@@ -54,6 +54,7 @@ class FakeEngine:
         )
         self.failure: BaseException | None = None
         self.served = {name: reference(name) for name in adapters}
+        self.loading: set[str] = set()
         self.delay_s = 0.0
         self.load_delay_s = 0.0
         self.fail_at: int | None = None
@@ -172,7 +173,13 @@ class FakeEngine:
             raise AdapterExists(f"{name!r} is the base model", field="lora_name")
         if name in self.served and not load_inplace:
             raise AdapterExists(f"{name!r} is served already", field="lora_name")
-        await asyncio.sleep(self.load_delay_s)
+        if name in self.loading:
+            raise AdapterExists(f"{name!r} is being loaded by another call", field="lora_name")
+        self.loading.add(name)
+        try:
+            await asyncio.sleep(self.load_delay_s)
+        finally:
+            self.loading.discard(name)
         if not os.path.isdir(path):
             raise AdapterNotFound(f"there is no folder {path!r}", field="lora_path")
         if not os.path.exists(os.path.join(path, "adapter_model.safetensors")):

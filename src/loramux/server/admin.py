@@ -6,13 +6,11 @@ Off unless the operator allowed it, since whoever may load an adapter decides wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
-from loramux.errors import AdapterExists, Forbidden
+from loramux.errors import Forbidden
 from loramux.server.adapter_paths import check_name, resolve_path
 from loramux.server.protocol import Body
 from loramux.server.state import ServerState, State
@@ -48,30 +46,14 @@ def _require_allowed(state: ServerState) -> str:
     return config.lora_root
 
 
-@contextmanager
-def _only_loader(state: ServerState, name: str) -> Iterator[None]:
-    """Refuse a second load of a name while the first is still reading."""
-    if name in state.loading:
-        raise AdapterExists(
-            f"adapter {name!r} is being loaded by another request",
-            field="lora_name",
-            remedy="wait for it",
-        )
-    state.loading.add(name)
-    try:
-        yield
-    finally:
-        state.loading.discard(name)
-
-
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(body: LoadAdapterRequest, state: State) -> Response:
-    """Answers when the adapter is checked, read and ready."""
+    """Answers when the adapter is checked, read and ready. A second load of the name meanwhile is
+    AdapterExists, which the engine's registry sees to."""
     root = _require_allowed(state)
     name = check_name(body.lora_name)
-    with _only_loader(state, name):
-        path = await asyncio.to_thread(resolve_path, body.lora_path, root)
-        await state.engine.add_adapter(name, path, load_inplace=body.load_inplace)
+    path = await asyncio.to_thread(resolve_path, body.lora_path, root)
+    await state.engine.add_adapter(name, path, load_inplace=body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 

@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # importing the engine for real would import torch
 class ServerState:
     """One app's engine, settings and counters.
 
-    `draining` is set when the process has been told to stop; `loading` holds the adapter names
-    that `/v1/load_lora_adapter` is reading at the moment; `started_s` is seconds since the epoch.
+    `draining` is set when the process has been told to stop; `started_s` is seconds since the epoch.
     """
 
     engine: AsyncEngine
@@ -28,7 +27,6 @@ class ServerState:
     metrics: Metrics
     started_s: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
-    loading: set[str] = field(default_factory=set)
 
     @property
     def context_length(self) -> int:
