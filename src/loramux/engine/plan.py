@@ -24,12 +24,20 @@ class SampleSpec:
     position: int
     stop_ids: tuple[int, ...] = ()  # forbidden before min_tokens
     prompt_ids: tuple[int, ...] = ()
-    output_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()  # without the pending token, if there is one
+    pending: bool = False  # the token before this one is still on the device, see PENDING
+
+
+PENDING = -1
+"""In place of a token id: what this sequence chose in the step launched last, not read back yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's share of a step: tokens at positions [start, start + len(token_ids))."""
+    """One sequence's share of a step: tokens at positions [start, start + len(token_ids)).
+
+    The last token may be `PENDING`: the device takes it from the step before.
+    """
 
     sequence_id: int
     token_ids: tuple[int, ...]

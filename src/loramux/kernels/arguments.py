@@ -1,6 +1,6 @@
 """What the ops of `loramux.kernels` are told beside plain tensors; the layers build these.
 
-All three may carry a note that one implementation leaves for itself (pointers already looked up,
+Some may carry a note that one implementation leaves for itself (pointers already looked up,
 lists already split) in `notes`; nobody else reads it. The objects are therefore built anew when a
 tensor in them is replaced, never edited.
 """
@@ -16,6 +16,9 @@ NormMode = Literal["llama", "plain", "gemma"]
 """Where an RMS norm rounds: `llama` weight * cast(norm); `plain` cast(norm * weight), as in OLMo 2
 and gpt-oss; `gemma` cast(norm * (1 + weight))."""
 
+Activation = Literal["silu", "gelu_tanh"]
+"""What a gated MLP does to its gate."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoRASite:
@@ -26,7 +29,8 @@ class LoRASite:
     """
 
     a: torch.Tensor
-    """[S, R, in], contiguous, f32 / bf16 / f16: the A matrices, one row per rank and slice."""
+    """[S, R, in], last dim contiguous, f32 / bf16 / f16: the A matrices, one row per rank and slice.
+    Contiguous on a CPU; on a GPU row (s, k) may stand at k * S + s, under the base weight."""
 
     b: torch.Tensor
     """[R, N], contiguous, dtype of `a`: row k is row k of B^T, all slices side by side."""
@@ -52,8 +56,10 @@ class LoRASite:
             "a": (self.a, tuple(self.a.shape), self.a.dtype),
         }
         for name, (tensor, shape, dtype) in expected.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                raise ValueError(f"LoRASite.{name} must be a contiguous {shape} of {dtype}")
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.stride(-1) != 1:
+                raise ValueError(f"LoRASite.{name} must be a {shape} of {dtype} in rows")
+            if name != "a" and not tensor.is_contiguous():
+                raise ValueError(f"LoRASite.{name} must be contiguous")
         starts = self.slice_starts
         if len(starts) != slices + 1 or starts[0] != 0 or list(starts) != sorted(starts):
             raise ValueError(f"slice_starts {starts} do not cut {width} columns in {slices}")
@@ -90,6 +96,55 @@ class Segments:
     """G; with 0 an op returns without looking at the tensors."""
 
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkList:
+    """What `Segments` says, cut into chunks of rows that one program can hold; for GPU kernels.
+
+    Every row that counts is in exactly one chunk; all rows of a chunk have the same members. Chunks
+    without members (rows of the base model) come first. The number of chunks is read on the device,
+    so no grid depends on it: a captured graph is right for every mixture that fits `max_chunks`.
+    """
+
+    chunks: torch.Tensor
+    """[C, 4] int32: first row, end row, first member, end member. C >= the chunks in use."""
+
+    counts: torch.Tensor
+    """[2] int32: chunks without members, chunks in use."""
+
+    member_rows: torch.Tensor
+    """[M] int32: first pool row p of each member's adapter."""
+
+    member_columns: torch.Tensor
+    """[M] int32: where the member's shrunk activations stand, see `Expand.h`."""
+
+    member_scales: torch.Tensor
+    """[M] float32: the request's own factor, on top of `LoRASite.row_scale`."""
+
+    rows_per_chunk: int
+    """Rows of the largest chunk: 16 or 64."""
+
+    max_chunks: int
+    """No step has more chunks than this."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expand:
+    """A LoRA delta that has been shrunk and not yet added: an op folds it into its own pass.
+
+    The delta of row t is the sum over its members of member_scale * row_scale[s, p] times
+    h[t] @ b[p:p+r, columns of s], with r = row_r[s, p].
+    """
+
+    site: LoRASite
+
+    h: torch.Tensor
+    """[P, T, W], last dim contiguous: P partial sums of the shrunk activations, added up by the
+    reader in float32 and then rounded to the dtype of `site.b`. Rank k of slice s of a member
+    stands in column (member_column + k) * S + s. Columns that no member owns hold anything."""
+
+    work: WorkList
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,30 +8,36 @@ from __future__ import annotations
 
 import ctypes
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from loramux.kernels import cpu_prefill, reference
-from loramux.kernels.arguments import AttentionBatch, LoRASite, NormMode, Segments
-from loramux.kernels.cpu_build import Libraries, library
+from loramux.kernels.arguments import AttentionBatch, Expand, LoRASite, NormMode, Segments
+from loramux.kernels.cpu_glue import add_rms_norm, gated, rms_norm, rope, silu_mul
+from loramux.kernels.cpu_library import DTYPES, holding, releasing
+from loramux.kernels.reference import lora_expand, lora_shrink, take_tokens
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MODES: dict[str, int] = {"llama": 0, "plain": 1, "gemma": 2}
+__all__ = [
+    "add_rms_norm",
+    "gated",
+    "lora_delta",
+    "lora_expand",
+    "lora_shrink",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_kv",
+    "silu_mul",
+    "take_tokens",
+    "write_kv",
+]
+
 LONG_CHUNK = 16
 """From this many queries of one sequence on, attention by matrix products is faster."""
 HOLD_ROWS = 32
 """Calls with at most this many rows are too short to hand Python's lock to another thread."""
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-_SIGNATURES = {
-    "loramux_lora_delta": [_P, _P, _P, _I, _P, _I, _I, _I, _I],
-    "loramux_attention": [_P],
-    "loramux_write_kv": [_P, _I, _I, _P, _I, _I, _P, _I, _I, _P, _I, _I, _P, _I, _I, _I, _I],
-    "loramux_rms_norm": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _D, _I, _I, _I],
-    "loramux_silu_mul": [_P, _I, _P, _I, _P, _I, _I, _I, _I],
-    "loramux_rope": [_P, _I, _I, _I, _P, _I, _I, _I, _P, _I, _P, _I, _I, _I, _I, _I],
-}
 
 
 class _Attention(ctypes.Structure):
@@ -62,19 +68,6 @@ class _Segments(ctypes.Structure):
         *((name, _P) for name in ("starts", "ends", "offsets", "member_rows", "member_scales")),
         ("count", _I),
     ]
-
-
-def _with_signatures(libraries: Libraries | None) -> tuple[Any, Any]:
-    if libraries is None:
-        raise ImportError("the CPU kernels are not available")
-    for name, types in _SIGNATURES.items():
-        for handle in (libraries.holding, libraries.releasing):
-            getattr(handle, name).argtypes = types
-            getattr(handle, name).restype = ctypes.c_int
-    return libraries.holding, libraries.releasing
-
-
-_holding, _releasing = _with_signatures(library())
 
 
 def _site(site: LoRASite) -> ctypes.c_void_p | None:
@@ -132,7 +125,7 @@ def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segme
         raise ValueError(f"lora_delta: y {tuple(y.shape)} {y.dtype} does not go with x {x.dtype}")
     if features != site.a.shape[2]:
         raise ValueError(f"lora_delta: x has {features} features, the site {site.a.shape[2]}")
-    handle = _holding if rows <= HOLD_ROWS else _releasing
+    handle = holding if rows <= HOLD_ROWS else releasing
     if handle.loramux_lora_delta(
         *(address, _segments(segments), x.data_ptr(), x_stride, y.data_ptr(), y_stride),
         *(rows, dtype, torch.get_num_threads()),
@@ -165,7 +158,7 @@ def write_kv(
     expected = ((tokens, cache_heads, k_dim), (tokens, cache_heads, v_dim), (tokens,))
     if (k.shape, v.shape, slots.shape) != expected or slots.dtype != torch.int64:
         raise ValueError(f"write_kv: k {tuple(k.shape)}, v {tuple(v.shape)} do not fit the cache")
-    if _holding.loramux_write_kv(
+    if holding.loramux_write_kv(
         *(k.data_ptr(), k_strides[0] * width, k_strides[1] * width),
         *(k_cache.data_ptr(), k_cache.stride(0) * width, k_dim * width),
         *(v.data_ptr(), v_strides[0] * width, v_strides[1] * width),
@@ -248,91 +241,36 @@ def _attend(
         *(q.shape[1], kv_heads, dim, v_cache.shape[3], size, window, dtype),
         *(torch.get_num_threads(), k_cache.shape[0], scaling, softcap),
     )
-    if _releasing.loramux_attention(ctypes.addressof(struct)):
+    if releasing.loramux_attention(ctypes.addressof(struct)):
         raise ValueError("paged_attention: a block table points outside the cache")
 
 
-def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A tensor [..., D] as rows of unit step, and the step between rows in elements."""
-    if tensor.dim() == 2 and tensor.stride(1) == 1:
-        return tensor, tensor.stride(0)
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    return tensor, tensor.shape[-1]
-
-
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, mode: NormMode = "llama"
-) -> torch.Tensor:
-    """See `loramux.kernels.rms_norm`."""
-    dtype = DTYPES.get(x.dtype)
-    if dtype is None or weight.dtype != x.dtype or not weight.is_contiguous():
-        return reference.rms_norm(x, weight, eps, mode)
-    rows, stride = _rows(x)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)  # [..., D]
-    size = weight.shape[0]
-    _holding.loramux_rms_norm(
-        *(rows.data_ptr(), stride, None, 0, weight.data_ptr(), out.data_ptr(), None),
-        *(x.numel() // size, size, eps, MODES[mode], dtype, torch.get_num_threads()),
-    )
-    return out
-
-
-def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
+def rope_kv(
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
     mode: NormMode = "llama",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `loramux.kernels.add_rms_norm`."""
-    dtype = DTYPES.get(x.dtype)
-    same = weight.dtype == x.dtype == residual.dtype and x.shape == residual.shape
-    if dtype is None or not same or not weight.is_contiguous():
-        return reference.add_rms_norm(x, residual, weight, eps, mode)
-    (rows, stride), (others, other_stride) = _rows(x), _rows(residual)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)  # [..., D]
-    total = torch.empty_like(out)  # [..., D]
-    size = weight.shape[0]
-    _holding.loramux_rms_norm(
-        *(rows.data_ptr(), stride, others.data_ptr(), other_stride),
-        *(weight.data_ptr(), out.data_ptr(), total.data_ptr()),
-        *(x.numel() // size, size, eps, MODES[mode], dtype, torch.get_num_threads()),
-    )
-    return out, total
-
-
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See `loramux.kernels.silu_mul`."""
-    dtype = DTYPES.get(gate.dtype)
-    if dtype is None or up.dtype != gate.dtype or up.shape != gate.shape:
-        return reference.silu_mul(gate, up)
-    (gates, gate_stride), (ups, up_stride) = _rows(gate), _rows(up)
-    out = torch.empty_like(gates, memory_format=torch.contiguous_format)  # [..., I]
-    size = gate.shape[-1]
-    _holding.loramux_silu_mul(
-        *(gates.data_ptr(), gate_stride, ups.data_ptr(), up_stride, out.data_ptr()),
-        *(gate.numel() // size, size, dtype, torch.get_num_threads()),
-    )
-    return out
-
-
-def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """See `loramux.kernels.rope`."""
-    dtype = DTYPES.get(q.dtype)
-    q_strides, k_strides = q.stride(), k.stride()
-    cos_strides, sin_strides = cos.stride(), sin.stride()
-    same = q.dtype == k.dtype == cos.dtype == sin.dtype
-    steps = q_strides[2] == k_strides[2] == cos_strides[1] == sin_strides[1] == 1
-    if dtype is None or not same or not steps:
-        return reference.rope(q, k, cos, sin)
-    tokens, heads, _ = q.shape
-    if cos.shape != sin.shape or cos.shape[0] != tokens or k.shape[0] != tokens:
-        raise ValueError(f"rope: {tokens} tokens do not go with cos {tuple(cos.shape)}")
-    _holding.loramux_rope(
-        *(q.data_ptr(), q_strides[0], q_strides[1], heads),
-        *(k.data_ptr(), k_strides[0], k_strides[1], k.shape[1]),
-        *(cos.data_ptr(), cos_strides[0], sin.data_ptr(), sin_strides[0]),
-        *(tokens, cos.shape[1] // 2, dtype, torch.get_num_threads()),
-    )
-    return None
+    expand: Expand | None = None,
+) -> torch.Tensor:
+    """See `loramux.kernels.rope_kv`."""
+    if expand is not None or slots.dtype != torch.int64:
+        return reference.rope_kv(
+            qkv, table, positions, slots, k_cache, v_cache, heads, norms, eps, mode, expand
+        )
+    kv_heads, size = k_cache.shape[2], k_cache.shape[3]
+    rows = qkv.view(qkv.shape[0], heads + 2 * kv_heads, size)  # [T, H + 2 Hkv, D]
+    q, k = rows[:, :heads], rows[:, heads : heads + kv_heads]
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps, mode), rms_norm(k, norms[1], eps, mode)
+    angles = table[positions]  # [T, rot]
+    half = table.shape[1] // 2
+    cos, sin = angles[:, :half], angles[:, half:]
+    rope(q, k, torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1))
+    write_kv(k, rows[:, heads + kv_heads :], k_cache, v_cache, slots)
+    return q  # [T, H, D]

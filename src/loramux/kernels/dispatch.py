@@ -8,16 +8,29 @@ from typing import Protocol
 import torch
 
 from loramux.kernels import reference
-from loramux.kernels.arguments import AttentionBatch, LoRASite, NormMode, Segments
+from loramux.kernels.arguments import (
+    Activation,
+    AttentionBatch,
+    Expand,
+    LoRASite,
+    NormMode,
+    Segments,
+    WorkList,
+)
 
 OPS = (
     "lora_delta",
+    "lora_shrink",
+    "lora_expand",
     "write_kv",
     "paged_attention",
     "rms_norm",
     "add_rms_norm",
     "silu_mul",
     "rope",
+    "gated",
+    "rope_kv",
+    "take_tokens",
 )
 
 
@@ -27,6 +40,12 @@ class Backend(Protocol):
     def lora_delta(
         self, y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments, /
     ) -> None: ...
+
+    def lora_shrink(
+        self, x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor, /
+    ) -> None: ...
+
+    def lora_expand(self, y: torch.Tensor, expand: Expand, /) -> None: ...
 
     def write_kv(
         self,
@@ -61,6 +80,8 @@ class Backend(Protocol):
         weight: torch.Tensor,
         eps: float,
         mode: NormMode = "llama",
+        post_weight: torch.Tensor | None = None,
+        expand: Expand | None = None,
         /,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -69,6 +90,34 @@ class Backend(Protocol):
     def rope(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, /
     ) -> None: ...
+
+    def gated(
+        self,
+        gate_up: torch.Tensor,
+        activation: Activation = "silu",
+        expand: Expand | None = None,
+        /,
+    ) -> torch.Tensor: ...
+
+    def rope_kv(
+        self,
+        qkv: torch.Tensor,
+        table: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        heads: int,
+        norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+        eps: float = 0.0,
+        mode: NormMode = "llama",
+        expand: Expand | None = None,
+        /,
+    ) -> torch.Tensor: ...
+
+    def take_tokens(
+        self, ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor, /
+    ) -> torch.Tensor: ...
 
 
 @cache
@@ -91,6 +140,19 @@ def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segme
     """
     if segments.num_segments:
         backend(y.device).lora_delta(y, x, site, segments)
+
+
+def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor) -> None:
+    """Fill the columns of `h` [P, T, W] that the rows' members own with parts of x [T, in] @ A^T.
+
+    `x` is rounded to the dtype of `site.a` first. What the P parts are is the implementation's
+    affair, their sum is not; other columns are not written. See `Expand.h` for the columns."""
+    backend(x.device).lora_shrink(x, site, work, h)
+
+
+def lora_expand(y: torch.Tensor, expand: Expand) -> None:
+    """Add the deltas of `expand` to `y` [T, N] (any row stride) in place."""
+    backend(y.device).lora_expand(y, expand)
 
 
 def write_kv(
@@ -135,9 +197,13 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     mode: NormMode = "llama",
+    post_weight: torch.Tensor | None = None,
+    expand: Expand | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x`, `residual` [..., D] -> (rms_norm(residual + x), residual + x)."""
-    return backend(x.device).add_rms_norm(x, residual, weight, eps, mode)
+    """`x` (any row stride), `residual` [T, D] -> (rms_norm(residual + x), residual + x).
+
+    `expand` is added to `x` first; with `post_weight` [D], x is then rms_norm(x) by that weight."""
+    return backend(x.device).add_rms_norm(x, residual, weight, eps, mode, post_weight, expand)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -148,3 +214,39 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate `q` [T, H, D] and `k` [T, Hkv, D] in place by `cos`, `sin` [T, rot], rot <= D."""
     backend(q.device).rope(q, k, cos, sin)
+
+
+def gated(
+    gate_up: torch.Tensor, activation: Activation = "silu", expand: Expand | None = None
+) -> torch.Tensor:
+    """activation(gate) * up of `gate_up` [T, 2 I] (any row stride), gate first -> [T, I]."""
+    return backend(gate_up.device).gated(gate_up, activation, expand)
+
+
+def rope_kv(
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
+    mode: NormMode = "llama",
+    expand: Expand | None = None,
+) -> torch.Tensor:
+    """Queries [T, H, D] out of `qkv` [T, (H + 2 Hkv) D] (any row stride), rotated; the rotated keys
+    and the values go to `slots` [T] of the caches [num_blocks, block_size, Hkv, D], -1 to none.
+
+    `table` [P, rot] holds cos of the rot/2 frequencies, then sin, for each position; `positions` [T]
+    int32. The first rot features of a head turn (rotate_half), the others stay. `norms` (q, k) [D]
+    are applied to each head before. The order is: `expand`, norms, rotation."""
+    return backend(qkv.device).rope_kv(
+        qkv, table, positions, slots, k_cache, v_cache, heads, norms, eps, mode, expand
+    )
+
+
+def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`ids` [T] int32, or where `sources` [T] int32 >= 0 chosen[source] (int64) -> [T] int64."""
+    return backend(ids.device).take_tokens(ids, sources, chosen)

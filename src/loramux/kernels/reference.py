@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from loramux.kernels.arguments import AttentionBatch, LoRASite, NormMode, Segments
+from loramux.kernels.arguments import (
+    Activation,
+    AttentionBatch,
+    Expand,
+    LoRASite,
+    NormMode,
+    Segments,
+    WorkList,
+)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,6 +53,63 @@ def _member_delta(x: torch.Tensor, site: LoRASite, s: int, p: int, r: int) -> to
     shrunk = x @ site.a[s, p : p + r].to(x.dtype).T  # [t, r]
     grown = shrunk @ site.b[p : p + r, lo:hi].to(x.dtype)  # [t, hi - lo]
     return F.pad(grown, (lo, site.slice_starts[-1] - hi))  # [t, N]
+
+
+def _members(work: WorkList) -> list[tuple[int, int, int, int, float]]:
+    """(first row, end row, pool row, column, scale) of every member of every chunk in use."""
+    chunks = work.chunks[: int(work.counts[1])].tolist()
+    rows, columns = work.member_rows.tolist(), work.member_columns.tolist()
+    scales = work.member_scales.tolist()
+    return [
+        (first, end, rows[m], columns[m], scales[m])
+        for first, end, start, stop in chunks
+        for m in range(start, stop)
+    ]
+
+
+def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor) -> None:
+    """Write x [T, in] @ A^T of every row's members into the columns of `h` [P, T, W] that they own.
+
+    The first of the P parts gets the sum, the others zeros."""
+    ranks = site.row_r.tolist()
+    for first, end, p, column, _ in _members(work):
+        for s in range(site.num_slices):
+            r = ranks[s][p]
+            start, stop = column * site.num_slices + s, (column + r) * site.num_slices
+            a = site.a[s, p : p + r]  # [r, in]
+            shrunk = _wide(x[first:end].to(a.dtype)) @ _wide(a).T  # [t, r]
+            h[:, first:end, start : stop : site.num_slices] = 0
+            h[0, first:end, start : stop : site.num_slices] = shrunk.to(h.dtype)  # [t, r]
+
+
+def lora_expand(y: torch.Tensor, expand: Expand) -> None:
+    """Add the deltas to `y` [T, N] in place; rows without members keep their bits."""
+    delta, touched = _expanded(expand, y)  # [T, N], [T]
+    y[touched] = (_wide(y[touched]) + delta[touched]).to(y.dtype)
+
+
+def _expanded(expand: Expand, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(deltas [T, N] in wide arithmetic, which rows have any [T])."""
+    site, count = expand.site, expand.site.num_slices
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    delta = torch.zeros(like.shape, dtype=wide, device=like.device)  # [T, N]
+    touched = torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)  # [T]
+    ranks, row_scales = site.row_r.tolist(), site.row_scale.tolist()
+    for first, end, p, column, scale in _members(expand.work):
+        touched[first:end] = True
+        for s in range(count):
+            r = ranks[s][p]
+            lo, hi = site.slice_starts[s], site.slice_starts[s + 1]
+            start, stop = column * count + s, (column + r) * count
+            h = expand.h[:, first:end, start:stop:count].to(wide).sum(0)  # [t, r]
+            grown = h.to(site.b.dtype).to(wide) @ site.b[p : p + r, lo:hi].to(wide)
+            delta[first:end, lo:hi] += grown * (scale * row_scales[s][p])  # [t, hi - lo]
+    return delta, touched
+
+
+def _with_expand(x: torch.Tensor, expand: Expand | None) -> torch.Tensor:
+    """`x` [T, N] with the delta added, not yet rounded; `x` itself where there is none."""
+    return x if expand is None else _wide(x) + _expanded(expand, x)[0]
 
 
 def write_kv(
@@ -150,9 +215,16 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     mode: NormMode = "llama",
+    post_weight: torch.Tensor | None = None,
+    expand: Expand | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x`, `residual` [..., D] -> (norm of their sum, their sum), the sum rounded to its dtype."""
-    total = residual + x  # [..., D]
+    """`x`, `residual` [T, D] -> (norm of their sum, their sum), the sum rounded to its dtype.
+
+    `x` takes its delta first and, with `post_weight`, a norm of its own before it is added."""
+    x = _with_expand(x, expand).to(residual.dtype)  # [T, D]
+    if post_weight is not None:
+        x = rms_norm(x, post_weight, eps, mode)  # [T, D]
+    total = residual + x  # [T, D]
     return rms_norm(total, weight, eps, mode), total
 
 
@@ -171,3 +243,48 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         turn = heads[..., : 2 * half]  # [T, H, rot]
         rotated = torch.cat((-turn[..., half:], turn[..., :half]), dim=-1)  # [T, H, rot]
         turn.copy_(turn * cos[:, None, :] + rotated * sin[:, None, :])  # [T, H, rot]
+
+
+def gated(
+    gate_up: torch.Tensor, activation: Activation = "silu", expand: Expand | None = None
+) -> torch.Tensor:
+    """activation(gate) * up of `gate_up` [T, 2 I], gate first -> [T, I]."""
+    whole = _with_expand(gate_up, expand).to(gate_up.dtype)  # [T, 2 I]
+    gate, up = whole.tensor_split(2, dim=-1)  # [T, I]
+    if activation == "silu":
+        return silu_mul(gate, up)  # [T, I]
+    return F.gelu(gate, approximate="tanh") * up  # [T, I]
+
+
+def rope_kv(
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
+    mode: NormMode = "llama",
+    expand: Expand | None = None,
+) -> torch.Tensor:
+    """From the product of the merged q, k and v layers to the queries, K and V being stored."""
+    kv_heads, size = k_cache.shape[2], k_cache.shape[3]
+    whole = _with_expand(qkv, expand).to(qkv.dtype)  # [T, (H + 2 Hkv) D]
+    rows = whole.view(-1, heads + 2 * kv_heads, size)  # [T, H + 2 Hkv, D]
+    q, k, v = (t.contiguous() for t in rows.split([heads, kv_heads, kv_heads], dim=1))
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps, mode), rms_norm(k, norms[1], eps, mode)
+    half = table.shape[1] // 2
+    cos, sin = table[positions.long()].to(q.dtype).split(half, dim=-1)  # [T, rot / 2]
+    rope(q, k, torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1))
+    kept = (slots >= 0).nonzero().flatten()  # [T']
+    write_kv(k[kept], v[kept], k_cache, v_cache, slots[kept].long())
+    return q  # [T, H, D]
+
+
+def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`ids` [T] int32, or where `sources` [T] >= 0 the token chosen[source] -> [T] int64."""
+    before: torch.Tensor = chosen[sources.clamp(min=0).long()].long()  # [T]
+    return torch.where(sources >= 0, before, ids.long())  # [T]
