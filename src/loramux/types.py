@@ -84,6 +84,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    detokenize: bool = True  # False: answers are tokens, their text stays empty
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -123,6 +124,7 @@ class SamplingParams:
             ("top_k", self.top_k >= -1, "-1, 0 or a positive number"),
             ("min_p", between(self.min_p, 0, 1), "between 0 and 1"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("detokenize", self.detokenize or not self.stop, "True where stop strings are given"),
             ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             (

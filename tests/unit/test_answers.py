@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.plan import Sampled
 from loramux.engine.sequence import Sequence
+from loramux.errors import InvalidField
 from loramux.models.text import Detokenizer, TextProcessor
 from loramux.types import Delta, Request, SamplingParams, TokenLogprob, TokenLogprobs
 from tiny import EOS, tokenizer
@@ -44,6 +45,27 @@ def test_pieces_add_up_to_the_text(text: str, prompt: str) -> None:
     )
     pieces = [detokenizer.add(t) for t in TEXT.encode(text, add_special_tokens=False)]
     assert "".join(pieces) + detokenizer.flush() == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 319), max_size=30), st.lists(st.integers(0, 319), max_size=8))
+def test_any_tokens_are_written_as_a_window_writes_them(ids: list[int], prompt: list[int]) -> None:
+    for skip in (False, True):
+        stream = Detokenizer(TEXT, prompt, skip_special_tokens=skip)
+        window = Detokenizer(TEXT, prompt, skip_special_tokens=skip)
+        window._use_window()
+        written = ["".join([d.add(t) for t in ids]) + d.flush() for d in (stream, window)]
+        assert written[0] == written[1]
+
+
+def test_without_text() -> None:
+    deltas = _write("abc", max_tokens=3, detokenize=False, logprobs=0)
+    assert [(d.text, len(d.token_ids)) for d in deltas] == [("", 1)] * 3
+    assert deltas[-1].finish_reason == "length"
+    deltas = _write([50, EOS], detokenize=False, include_stop_str_in_output=True)
+    assert (deltas[-1].finish_reason, _text(deltas)) == ("stop", "")
+    with pytest.raises(InvalidField, match="detokenize must be True where stop strings"):
+        SamplingParams(detokenize=False, stop=["x"])
 
 
 def test_half_characters_are_not_given_out() -> None:

@@ -30,8 +30,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 PROMPT = [5, 9, 44, 102, 33, 9, 9, 71]
 
 
-@pytest.fixture
-def llm(tiny_world: TinyWorld) -> Iterator[LLM]:
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def llm(tiny_world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[LLM]:
     with LLM(
         str(tiny_world.model),
         enable_lora=True,
@@ -40,6 +40,7 @@ def llm(tiny_world: TinyWorld) -> Iterator[LLM]:
         max_lora_rank=8,
         max_cpu_loras=2,
         adapter_patience_s=0.05,
+        async_scheduling=request.param,
     ) as llm:
         yield llm
         llm.engine.check_integrity()
@@ -267,7 +268,7 @@ def test_a_failed_step_ends_its_requests_and_not_the_engine(
         raise RuntimeError("the device says no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "execute", broken)
+        patch.setattr(llm.engine.runner, "launch", broken)
         with pytest.raises(EngineError, match="the device says no"):
             _tokens(llm)
     assert len(_tokens(llm)) == 8

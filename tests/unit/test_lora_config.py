@@ -154,11 +154,3 @@ def test_dual_stream_under_full_sharding_is_off_with_one_warning(
     assert len(caplog.records) == 1
     assert dict(os.environ) == before
     assert LoRAConfig().dual_stream("cuda:0")
-
-
-def test_dual_stream_is_refused_by_name_until_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_module, "_cuda_is_present", lambda: True)
-    monkeypatch.setenv(DUAL_STREAM_VARIABLE, "1")
-    facts = ModelFacts("bfloat16", "cuda", 512, 1024, 1 << 30)
-    with pytest.raises(ConfigError, match=DUAL_STREAM_VARIABLE):
-        LoRAConfig().verify_with_model_config(facts)

@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 
 from loramux.adapters.pool import AdapterPool
 from loramux.engine.blocks import BlockPool
-from loramux.engine.plan import Sampled, StepPlan, StepResult
+from loramux.engine.plan import PENDING, Row, Sampled, SampleSpec, StepPlan, StepResult
 from loramux.engine.scheduler import Scheduler, SchedulerLimits
 from loramux.engine.sequence import Sequence
 from loramux.types import AdapterRef, Request, SamplingParams
 
 
 class World:
-    """A scheduler, a clock in steps, and a device that loads adapters one step later."""
+    """A scheduler, a clock in steps, and a device that loads adapters one step later.
+
+    `ahead`: a step's result is read after the next one was planned and launched.
+    """
 
     def __init__(
         self,
@@ -28,6 +31,7 @@ class World:
         tokens: int = 32,
         max_loras: int = 2,
         patience: float = 5.0,
+        ahead: bool = False,
     ):
         limits = SchedulerLimits(seqs, tokens, patience)
         self.pool = AdapterPool(max_loras, 8)
@@ -36,6 +40,8 @@ class World:
         self.count = 0
         self.loading: list[str] = []
         self.limits = limits
+        self.ahead = ahead
+        self.in_flight: StepPlan | None = None
 
     def add(
         self, prompt: list[int], answer: int = 4, adapters: tuple[tuple[str, float], ...] = ()
@@ -55,13 +61,19 @@ class World:
         plan = self.scheduler.plan(self.now)
         self.loading = [load.ref.digest for load in self.scheduler.take_loads()]
         self.check(plan)
-        result = StepResult(
-            {row.sequence_id: Sampled(7 + row.sequence_id) for row in plan.rows if row.sample}
-        )
-        for sequence, _ in self.scheduler.commit(plan, result):
-            if sequence.num_output >= (sequence.request.params.max_tokens or 0):
-                self.scheduler.finish(sequence, "length")
+        self.scheduler.launched(plan)
+        due, self.in_flight = (self.in_flight, plan) if self.ahead else (plan, None)
+        if due is not None:
+            self.commit(due)
         return plan
+
+    def commit(self, plan: StepPlan) -> None:
+        """Each token tells its position, so one that is lost or comes twice is seen."""
+        result = {r.sequence_id: Sampled(_token(r, r.sample)) for r in plan.rows if r.sample}
+        for sequence, sampled in self.scheduler.commit(plan, StepResult(result)):
+            long = sequence.num_output >= (sequence.request.params.max_tokens or 0)
+            if long or sampled.token_id in sequence.stop_ids:
+                self.scheduler.finish(sequence, "length" if long else "stop")
 
     def check(self, plan: StepPlan) -> None:
         """What must hold in every step, whatever was asked."""
@@ -75,6 +87,9 @@ class World:
         size = self.scheduler.blocks.block_size
         for row in plan.rows:
             assert row.token_ids, "an empty row"
+            assert PENDING not in row.token_ids[:-1]
+            if row.token_ids[-1] == PENDING:
+                assert self.ahead and row.sample is not None and row.sample.pending
             for p in range(row.start, row.start + len(row.token_ids)):
                 place = (row.block_table[p // size], p % size)
                 assert place not in written, "two rows write one slot"
@@ -86,7 +101,18 @@ class World:
                 break
             self.step()
         assert not self.scheduler.has_work, "something never finished"
+        if self.in_flight is not None:
+            self.commit(self.in_flight)
+            self.in_flight = None
         self.scheduler.check_integrity()
+
+
+def _token(row: Row, spec: SampleSpec) -> int:
+    return 7 + row.sequence_id + 1000 * spec.position
+
+
+def _tokens(sequence: Sequence, count: int) -> list[int]:
+    return [7 + sequence.sequence_id + 1000 * position for position in range(count)]
 
 
 def test_long_prompts_are_chunked_and_decodes_go_first() -> None:
@@ -111,14 +137,15 @@ def test_equal_prefixes_share_blocks_within_one_composition_only() -> None:
         assert sequence.num_cached == cached, adapters
 
 
-def test_running_out_of_blocks_preempts_the_youngest_and_loses_nothing() -> None:
-    world = World(blocks=8, tokens=64)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_running_out_of_blocks_preempts_the_youngest_and_loses_nothing(ahead: bool) -> None:
+    world = World(blocks=8, tokens=64, ahead=ahead)
     sequences = [world.add([i] * 10, answer=12) for i in range(4)]
     world.run()
     assert world.scheduler.preemptions > 0
     assert [s.num_output for s in sequences] == [12] * 4
     for s in sequences:
-        assert s.output_ids == [7 + s.sequence_id] * 12
+        assert s.output_ids == _tokens(s, 12)
 
 
 def test_base_requests_pass_those_that_wait_for_a_place() -> None:
@@ -145,8 +172,9 @@ def test_an_adapter_is_used_only_after_it_has_arrived() -> None:
     world.run()
 
 
-def test_no_adapter_starves_under_endless_traffic_for_another() -> None:
-    world = World(max_loras=1, seqs=4, patience=10)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_adapter_starves_under_endless_traffic_for_another(ahead: bool) -> None:
+    world = World(max_loras=1, seqs=4, patience=10, ahead=ahead)
     rare = None
     for step in range(120):
         if len(world.scheduler.running) + len(world.scheduler.waiting) < 6:
@@ -189,8 +217,9 @@ def test_answers_of_one_request_share_its_prompt() -> None:
     world.run()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
+    ahead=st.booleans(),
     seed=st.integers(0, 10_000),
     blocks=st.integers(8, 40),
     max_loras=st.integers(1, 3),
@@ -198,10 +227,12 @@ def test_answers_of_one_request_share_its_prompt() -> None:
     patience=st.sampled_from([0.0, 2.0, 30.0]),
 )
 def test_everything_finishes_and_the_books_balance(
-    seed: int, blocks: int, max_loras: int, tokens: int, patience: float
+    ahead: bool, seed: int, blocks: int, max_loras: int, tokens: int, patience: float
 ) -> None:
     rng = random.Random(seed)
-    world = World(blocks=blocks, tokens=tokens, max_loras=max_loras, patience=patience, seqs=5)
+    world = World(
+        blocks=blocks, tokens=tokens, max_loras=max_loras, patience=patience, seqs=5, ahead=ahead
+    )
     alive: list[Sequence] = []
     for _ in range(40):
         if rng.random() < 0.5 and len(alive) < 12:
@@ -209,6 +240,9 @@ def test_everything_finishes_and_the_books_balance(
             adapters = tuple((name, rng.choice([0.5, 1.0])) for name in names)
             prompt = [rng.randint(0, 2)] * rng.randint(1, 16)
             alive.append(world.add(prompt, answer=rng.randint(1, 12), adapters=adapters))
+            if rng.random() < 0.3:  # ends before its length, which is known only afterwards
+                stop = rng.randint(0, 11)
+                alive[-1].stop_ids = (_tokens(alive[-1], 12)[stop],)
         if alive and rng.random() < 0.05:
             victim = alive.pop(rng.randrange(len(alive)))
             if victim.finish_reason is None:
@@ -218,8 +252,64 @@ def test_everything_finishes_and_the_books_balance(
         world.step()
     world.run(4000)
     for sequence in alive:
-        assert sequence.output_ids == [7 + sequence.sequence_id] * sequence.num_output
-        assert sequence.num_output == sequence.request.params.max_tokens
+        tokens_ = _tokens(sequence, sequence.request.params.max_tokens or 0)
+        for place, token in enumerate(tokens_):
+            if token in sequence.stop_ids:
+                tokens_ = tokens_[: place + 1]
+        assert sequence.output_ids == tokens_
+
+
+def test_the_last_token_is_not_followed_by_a_step() -> None:
+    world = World(ahead=True)
+    sequence = world.add([1] * 3, answer=2)
+    assert [len(world.step().rows) for _ in range(3)] == [1, 1, 0]
+    assert sequence.finish_reason == "length"
+
+
+def test_a_stop_found_late_costs_one_row_and_publishes_nothing_of_it() -> None:
+    world = World(ahead=True)
+    sequence = world.add(list(range(6)), answer=10)
+    sequence.stop_ids = (_tokens(sequence, 2)[1],)
+    assert [len(world.step().rows) for _ in range(4)] == [1, 1, 1, 0]
+    assert sequence.output_ids == _tokens(sequence, 2)
+    # 6 + 1 tokens were computed with their values known: one block of 4.
+    assert len(world.scheduler.blocks._key_of) == 1
+    world.scheduler.check_integrity()
+
+
+def test_a_token_that_arrives_after_a_preemption_is_kept() -> None:
+    world = World(ahead=True)
+    sequence = world.add([1] * 3, answer=5)
+    world.step()
+    world.scheduler._preempt(sequence, sequence.queued_at)
+    assert not world.step().rows, "it must wait for its token"
+    assert sequence.output_ids == _tokens(sequence, 1)
+    world.run()
+    assert sequence.output_ids == _tokens(sequence, 5)
+
+
+def test_a_place_is_held_before_there_is_room_in_the_batch() -> None:
+    world = World(seqs=1, max_loras=2)
+    world.add([1] * 3, answer=10, adapters=(("a", 1.0),))
+    world.step()
+    waits = [world.add([1] * 3, adapters=((name, 1.0),)) for name in "bc"]
+    world.step()
+    assert (waits[0].held, waits[1].held) == (("b",), ())
+    assert world.loading == ["b"]
+    world.run()
+
+
+def test_what_is_held_ahead_of_time_goes_to_an_older_one_that_lost_patience() -> None:
+    world = World(seqs=2, max_loras=2, patience=3)
+    world.add([1] * 3, answer=60, adapters=(("a", 1.0),))
+    world.add([1] * 3, answer=60)
+    world.step()
+    both = world.add([1] * 3, answer=2, adapters=(("b", 1.0), ("c", 1.0)))
+    world.add([1] * 3, answer=2, adapters=(("d", 1.0),))
+    for _ in range(12):
+        world.step()
+    assert both.finish_reason == "length"
+    world.run()
 
 
 def test_limits_are_whole() -> None:

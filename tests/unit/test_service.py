@@ -18,8 +18,8 @@ PROMPT = [5, 9, 44, 102, 33, 9, 9, 71]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture
-def engine(tiny_world: TinyWorld) -> Iterator[AsyncEngine]:
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def engine(tiny_world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[AsyncEngine]:
     lora = LoRAConfig(max_loras=2, max_lora_rank=8, max_cpu_loras=3)
     yield AsyncEngine.create(
         EngineConfig(
@@ -29,6 +29,7 @@ def engine(tiny_world: TinyWorld) -> Iterator[AsyncEngine]:
             kv_cache_memory_bytes=600_000,
             max_model_len=64,
             adapter_patience_s=0.05,
+            async_scheduling=request.param,
         )
     )
 

@@ -5,8 +5,11 @@ Does not know what an adapter is; safe to call from any thread.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -48,3 +51,30 @@ class HostCache(Generic[Value]):
     def __len__(self) -> int:
         with self._lock:
             return len(self._values)
+
+
+class HostMemory:
+    """Memory to read files into. What the last user lets go of serves the next one.
+
+    Memory that is new to the process costs a page fault every 4 KiB, which takes longer than the
+    reading itself. One piece is kept: with a full cache the next read gets what was evicted last.
+    """
+
+    def __init__(self) -> None:
+        self._spare: deque[mmap.mmap] = deque(maxlen=1)  # its methods are atomic
+
+    def take(self, size: int) -> memoryview:
+        """`size` writable bytes, aligned to a page. They come back when nothing refers to them."""
+        block = self._reuse(size) or mmap.mmap(-1, max(size, 1))
+        owner = (ctypes.c_ubyte * size).from_buffer(block)
+        # At the end of the process there is nobody to give it to.
+        weakref.finalize(owner, self._spare.append, block).atexit = False
+        return memoryview(owner).cast("B")
+
+    def _reuse(self, size: int) -> mmap.mmap | None:
+        """The spare piece if it is large enough and not twice too large."""
+        try:
+            block = self._spare.pop()
+        except IndexError:
+            return None
+        return block if size <= len(block) <= 2 * size else None

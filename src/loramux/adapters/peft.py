@@ -7,16 +7,29 @@ data types first, bytes last.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loramux.adapters.peft_config import PeftConfig, read_config
+from loramux.adapters.host_cache import HostMemory
+from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
 from loramux.adapters.report import BindingReport, BindingRow
-from loramux.adapters.weights import AdapterWeights, LoRAPair
+from loramux.adapters.weights import (
+    AdapterSource,
+    AdapterWeights,
+    FileIdentity,
+    Layout,
+    Stored,
+    StoredPair,
+    now_s,
+    place,
+)
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterNotFound, AdapterRejected
 from loramux.schema import ModelSchema, ModuleSpec
@@ -34,15 +47,26 @@ class _Tensor:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    start: int  # in the file
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
 
 def read_adapter(
-    name: str, folder: str | Path, schema: ModelSchema, config: LoRAConfig, dtype: torch.dtype
+    name: str,
+    folder: str | Path,
+    schema: ModelSchema,
+    config: LoRAConfig,
+    dtype: torch.dtype,
+    memory: HostMemory | None = None,
 ) -> tuple[AdapterWeights, BindingReport]:
     """Read the adapter in `folder` for the model that `schema` describes.
 
-    Weights come back on the CPU in `dtype`. Raises AdapterNotFound when there is no such folder,
-    AdapterRejected with every reason when it cannot be served exactly.
+    Weights come back on the CPU as the file holds them, fit to be served in `dtype`. Raises
+    AdapterNotFound when there is no such folder, AdapterRejected with every reason when it cannot
+    be served exactly.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -51,9 +75,10 @@ def read_adapter(
             field="lora_path",
             remedy="give the folder that holds adapter_config.json",
         )
+    begun = now_s()
+    config_identity = _identity(folder / CONFIG_NAME)  # before it is read: then it is never too new
     peft_config, canonical, reasons = read_config(folder)
-    path = folder / WEIGHTS_NAME
-    tensors, file_reasons = _read_header(folder)
+    tensors, identity, file_reasons = _read_header(folder)
     reasons += file_reasons
     rows: list[BindingRow] = []
     if peft_config is not None and not file_reasons:
@@ -62,19 +87,33 @@ def read_adapter(
         except TimeoutError:
             bind_reasons = ["a pattern of adapter_config.json takes too long to match"]
         reasons += bind_reasons
-    if reasons:
-        raise AdapterRejected(name, reasons)
-    pairs, digest, reasons = _read_tensors(path, rows, canonical, dtype)
-    if reasons:
+    if reasons or config_identity is None or identity is None:
+        raise AdapterRejected(name, reasons or ["its files were replaced while they were read"])
+    layout, stored = _lay_out(rows, {tensor.key: tensor for tensor in tensors})
+    source = AdapterSource(
+        folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
+    )
+    try:
+        buffer = source.read(memory or HostMemory())  # [num_bytes] uint8
+    except OSError as error:
+        raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
+    if reasons := _check_values(buffer, stored, dtype):
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
         name=name,
-        digest=digest,
+        digest=_digest(canonical, buffer, rows, stored),
         source=str(folder),
         max_r=max(row.r for row in rows),
-        num_bytes=sum(p.a.nbytes + p.b.nbytes for p in pairs.values()),
+        num_bytes=sum(s.rows * s.columns for s in stored.values()) * dtype.itemsize,
     )
-    return AdapterWeights(ref, pairs), _report(ref, rows, schema)
+    return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
+
+
+def _identity(path: Path) -> FileIdentity | None:
+    try:
+        return FileIdentity.of(path.stat())
+    except OSError:
+        return None  # the reader of the file says why
 
 
 def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> BindingReport:
@@ -88,24 +127,43 @@ def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> Bin
     )
 
 
-def _read_header(folder: Path) -> tuple[list[_Tensor], list[str]]:
-    """Names, shapes and types of the file, without reading a tensor."""
+def _read_header(folder: Path) -> tuple[list[_Tensor], FileIdentity | None, list[str]]:
+    """Names, shapes, types and places of the file, without reading a tensor."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickles = [n for n in PICKLE_NAMES if (folder / n).exists()]
         if pickles:
-            return [], [
+            reason = (
                 f"{pickles[0]} is a pickle, which can run code when it is read; save the adapter "
                 f"as {WEIGHTS_NAME} (save_pretrained does)"
-            ]
-        return [], [f"{WEIGHTS_NAME} is missing"]
+            )
+            return [], None, [reason]
+        return [], None, [f"{WEIGHTS_NAME} is missing"]
     try:
-        with safe_open(str(path), framework="pt") as file:
-            keys = list(file.keys())
-            slices: list[tuple[str, Any]] = [(key, file.get_slice(key)) for key in keys]
-            return [_Tensor(k, tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices], []
-    except (SafetensorError, OSError, ValueError) as error:
-        return [], [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
+        with safe_open(str(path), framework="pt"):
+            pass  # it checks more of the header than we need, and says well what is wrong
+        with open(path, "rb", buffering=0) as file:
+            identity = FileIdentity.of(os.fstat(file.fileno()))
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+        return _tensors(header, 8 + header_bytes, identity.size), identity, []
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        return [], None, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
+
+
+def _tensors(header: dict[str, dict[str, list[int]]], base: int, size: int) -> list[_Tensor]:
+    """The header's entries. Checked once more where a wrong one would read outside the file."""
+    tensors = []
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        tensor = _Tensor(key, tuple(entry["shape"]), str(entry["dtype"]), base + start)
+        wrong = tensor.dtype in FLOATS and tensor.num_bytes != end - start
+        if wrong or start < 0 or base + end > size:
+            raise ValueError(f"{key} does not lie where the header says")
+        tensors.append(tensor)
+    return tensors
 
 
 def _bind(
@@ -196,34 +254,50 @@ def _summarise(reasons: list[str]) -> list[str]:
     return [*reasons[:SHOWN], f"and {len(reasons) - SHOWN} more of the same kind"]
 
 
-def _read_tensors(
-    path: Path, rows: list[BindingRow], canonical: bytes, dtype: torch.dtype
-) -> tuple[dict[str, LoRAPair], str, list[str]]:
-    """Read, check, transpose and cast; the digest covers names, types, shapes and stored bytes."""
+def _lay_out(
+    rows: list[BindingRow], tensors: Mapping[str, _Tensor]
+) -> tuple[Layout, dict[str, Stored]]:
+    """Where everything goes in the buffer: by module, and by the tensor's key."""
+    in_file = sorted((tensors[row.tensor] for row in rows), key=lambda tensor: tensor.start)
+    offsets, runs = place((t.start, t.num_bytes, FLOATS[t.dtype].itemsize) for t in in_file)
+    stored = {
+        tensor.key: Stored(offset, tensor.shape[0], tensor.shape[1], FLOATS[tensor.dtype])
+        for tensor, offset in zip(in_file, offsets, strict=True)
+    }
+    pairs = {}
+    for row in rows:
+        if row.tensor.endswith(".lora_A.weight"):
+            b = row.tensor.removesuffix("A.weight") + "B.weight"
+            pairs[row.module] = StoredPair(stored[row.tensor], stored[b], row.scale)
+    return Layout(pairs, tuple(runs)), stored
+
+
+def _check_values(
+    buffer: torch.Tensor, stored: Mapping[str, Stored], dtype: torch.dtype
+) -> list[str]:
+    """Reasons against values that are not finite, or would not be in `dtype`.
+
+    The extremes tell: NaN spreads into them, and rounding keeps the order of what it rounds.
+    """
+    bad = []
+    for key in sorted(stored):
+        low, high = torch.aminmax(stored[key].view(buffer))
+        extremes = torch.stack((low, high))  # [2]
+        if not bool(extremes.isfinite().all()):
+            bad.append(f"{key} holds NaN or infinity")
+        elif not bool(extremes.to(dtype).isfinite().all()):
+            bad.append(f"{key} overflows in {dtype}; serve it with --lora-dtype float32")
+    return _summarise(bad)
+
+
+def _digest(
+    canonical: bytes, buffer: torch.Tensor, rows: list[BindingRow], stored: Mapping[str, Stored]
+) -> str:
+    """SHA-256 over the configuration and the names, types, shapes and stored bytes of the tensors."""
     digest = hashlib.sha256(canonical)
-    halves: dict[tuple[str, str], torch.Tensor] = {}
-    bad: list[str] = []
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for row in rows:
-                tensor = file.get_tensor(row.tensor).contiguous()  # as stored
-                digest.update(f"{row.tensor}|{row.dtype}|{row.shape}".encode())
-                digest.update(tensor.view(torch.uint8).numpy().data)
-                if not bool(torch.isfinite(tensor).all()):
-                    bad.append(f"{row.tensor} holds NaN or infinity")
-                    continue
-                half = "A" if row.tensor.endswith(".lora_A.weight") else "B"
-                stored = tensor if half == "A" else tensor.t()  # [r, in] or [r, out]
-                cast = stored.to(dtype=dtype).contiguous()
-                if not bool(torch.isfinite(cast).all()):
-                    bad.append(
-                        f"{row.tensor} overflows in {dtype}; serve it with --lora-dtype float32"
-                    )
-                halves[row.module, half] = cast
-    except (SafetensorError, OSError, ValueError) as error:
-        return {}, "", [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
-    if bad:
-        return {}, "", _summarise(bad)
-    scale = {row.module: row.scale for row in rows}
-    pairs = {m: LoRAPair(halves[m, "A"], halves[m, "B"], scale[m]) for m in scale}
-    return pairs, digest.hexdigest(), []
+    data = buffer.numpy().data
+    for row in rows:
+        place = stored[row.tensor]
+        digest.update(f"{row.tensor}|{row.dtype}|{row.shape}".encode())
+        digest.update(data[place.offset : place.offset + place.num_bytes])
+    return digest.hexdigest()

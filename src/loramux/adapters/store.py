@@ -2,6 +2,9 @@
 
 add(name, folder)   read, check, digest -> registry, host cache     (blocks the caller only)
 fetch(ref)          host cache, or read again from the source             (returns a Future)
+
+A file that is provably the one that was checked is read again as bytes; any other is checked and
+hashed anew.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from loramux.adapters.host_cache import HostCache
+from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
-from loramux.adapters.weights import AdapterWeights
+from loramux.adapters.weights import AdapterSource, AdapterWeights
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterLoadFailed, LoramuxError
 from loramux.schema import ModelSchema
@@ -56,6 +59,8 @@ class AdapterStore:
         self.host = HostCache[AdapterWeights](config.host_capacity)
         self.registry = Registry(reserved_names, self._gone)
         self.reads = 0
+        self._memory = HostMemory()
+        self._sources: dict[str, AdapterSource] = {}  # by digest
         self.on_load: Callable[[AdapterRef, float], None] | None = None
         # One reader: two would only compete for the same disk and cores.
         self._reader = ThreadPoolExecutor(
@@ -108,13 +113,31 @@ class AdapterStore:
 
     def _read(self, name: str, path: str) -> AdapterWeights:
         self.reads += 1
-        weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype)
+        weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype, self._memory)
+        self._sources[weights.ref.digest] = weights.source
         return weights
+
+    def _read_again(self, ref: AdapterRef) -> AdapterWeights | None:
+        """The weights without checking them, if the files are those that were checked."""
+        source = self._sources.get(ref.digest)
+        if source is None or str(source.weights_path.parent) != ref.source:
+            return None
+        buffer = source.read_again(self._memory)  # [num_bytes] uint8
+        if buffer is None:
+            return None
+        self.reads += 1
+        return AdapterWeights(ref, buffer, source)
 
     def _fetch(self, ref: AdapterRef) -> AdapterWeights:
         if (cached := self.host.get(ref.digest)) is not None:
             return cached
         start = time.perf_counter()
+        weights = self._read_again(ref) or self._read_and_compare(ref)
+        self.host.put(ref.digest, weights)
+        self._report(ref, time.perf_counter() - start)
+        return weights
+
+    def _read_and_compare(self, ref: AdapterRef) -> AdapterWeights:
         try:
             weights = self._read(ref.name, ref.source)
         except LoramuxError as error:
@@ -127,8 +150,6 @@ class AdapterStore:
                 f"the files of adapter {ref.name!r} have changed since it was loaded",
                 remedy="load it again with load_inplace to serve the new version",
             )
-        self.host.put(ref.digest, weights)
-        self._report(ref, time.perf_counter() - start)
         return weights
 
     def _report(self, ref: AdapterRef, seconds: float) -> None:
@@ -138,4 +159,5 @@ class AdapterStore:
 
     def _gone(self, digest: str) -> None:
         self.host.drop(digest)
+        self._sources.pop(digest, None)
         self._on_gone(digest)

@@ -1,20 +1,173 @@
-"""An adapter in host memory, in the layout in which it goes to the device."""
+"""An adapter in host memory: the bytes of its file in one buffer, and where each matrix stands.
+
+    file    | header | A B A B ...                        |
+    buffer           | A B A B ...                        |   the same bytes, in one read
+
+Nothing is cast or transposed here. That happens when rank rows are written, on the device where it
+costs least; and a buffer that equals its file can be filled again without parsing or hashing, as
+long as the file is the one that was checked.
+"""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
+from loramux.adapters.host_cache import HostMemory
 from loramux.types import AdapterRef
+
+RACY_S = 2.0  # the coarsest clock of a file system in use
+
+
+class FileChanged(OSError):
+    """The file is not the one that was checked, or it is written to while it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Equal as long as nobody has written to the file or put another in its place."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int  # what restores the other time, as `cp -p` does, moves this one
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileIdentity:
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+    def is_settled(self, now_s: float) -> bool:
+        """Whether a write from now on must show: a clock tick has passed since the last one."""
+        return self.modified_ns < (now_s - RACY_S) * 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A matrix [rows, columns] of `dtype`, contiguous, from byte `offset` of the buffer on."""
+
+    offset: int
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        flat = buffer[self.offset : self.offset + self.num_bytes]  # [num_bytes]
+        return flat.view(self.dtype).view(self.rows, self.columns)  # [rows, columns]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPair:
+    """Both factors of one module as PEFT saves them: `a` [r, in], `b` [out, r]."""
+
+    a: Stored
+    b: Stored
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What stands where. `runs` are (offset in the file, offset in the buffer, bytes); one is usual."""
+
+    pairs: dict[str, StoredPair]
+    runs: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        _, offset, size = self.runs[-1]
+        return offset + size
+
+
+def place(tensors: Iterable[tuple[int, int, int]]) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """Buffer offsets of (offset in the file, bytes, bytes an element), and the runs to read.
+
+    Tensors keep their distance, so that one read takes them all, unless the file has left one where
+    its elements are not aligned. `tensors` come in the order of the file.
+    """
+    offsets: list[int] = []
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for start, size, itemsize in tensors:
+        offset = -(-end // itemsize) * itemsize
+        if runs and (runs[-1][0] + runs[-1][2], end) == (start, offset):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + size)
+        else:
+            runs.append((start, offset, size))
+        offsets.append(offset)
+        end = offset + size
+    return offsets, runs
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """The files of an adapter as they were when they were checked."""
+
+    config_path: Path
+    config: FileIdentity
+    weights_path: Path
+    weights: FileIdentity
+    layout: Layout
+    read_s: float
+    """Wall-clock time at which reading began."""
+
+    def read(self, memory: HostMemory) -> torch.Tensor:
+        """The bytes [num_bytes] uint8. Raises FileChanged, or another OSError."""
+        view = memory.take(self.layout.num_bytes)
+        with open(self.weights_path, "rb", buffering=0) as file:
+            self._check(os.fstat(file.fileno()))
+            for start, offset, size in self.layout.runs:
+                file.seek(start)
+                _fill(file, view[offset : offset + size])
+            self._check(os.fstat(file.fileno()))
+        return torch.frombuffer(view, dtype=torch.uint8)  # [num_bytes]
+
+    def read_again(self, memory: HostMemory) -> torch.Tensor | None:
+        """As `read`, or None unless it is certain that these are the bytes that were checked."""
+        settled = self.config.is_settled(self.read_s) and self.weights.is_settled(self.read_s)
+        try:
+            if not settled or FileIdentity.of(self.config_path.stat()) != self.config:
+                return None
+            return self.read(memory)
+        except OSError:
+            return None  # a full read says what is wrong
+
+    def _check(self, stat: os.stat_result) -> None:
+        if FileIdentity.of(stat) != self.weights:
+            raise FileChanged("it was changed while it was read")
+
+
+def now_s() -> float:
+    """The clock that files are stamped with."""
+    return time.time()
+
+
+def _fill(file: object, view: memoryview) -> None:
+    """Read until `view` is full; the lock of the interpreter is free meanwhile."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise FileChanged("it ends too early")
+        done += count
 
 
 @dataclass(frozen=True, slots=True)
 class LoRAPair:
     """Both factors of one module: delta(x) = scale * (x @ a.T) @ b.
 
-    `a` [r, in], `b` [r, out] (PEFT's lora_B transposed, so that a rank row is contiguous),
-    `scale` the adapter's own alpha/r factor, applied in fp32.
+    `a` [r, in] and `b` [r, out] are views of the buffer in the dtype of the file; `b` is PEFT's
+    lora_B seen transposed, so its rows are strided. `scale` is the adapter's own alpha/r factor,
+    applied in fp32.
     """
 
     a: torch.Tensor
@@ -26,9 +179,22 @@ class LoRAPair:
         return self.a.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterWeights:
-    """One version of an adapter: module name -> factors."""
+    """One version of an adapter: its bytes, `buffer` [num_bytes] uint8 on the CPU, and its source."""
 
     ref: AdapterRef
-    pairs: dict[str, LoRAPair]
+    buffer: torch.Tensor
+    source: AdapterSource
+
+    @property
+    def layout(self) -> Layout:
+        return self.source.layout
+
+    @cached_property
+    def pairs(self) -> dict[str, LoRAPair]:
+        """Module name -> factors; made when first asked for, since a GPU needs only the bytes."""
+        return {
+            module: LoRAPair(pair.a.view(self.buffer), pair.b.view(self.buffer).t(), pair.scale)
+            for module, pair in self.layout.pairs.items()
+        }

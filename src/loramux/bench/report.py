@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OURS, PEFT, TRANSFORMERS, VLLM = "loramux", "peft", "transformers", "vllm"
-PACKAGES = ("loramux", "torch", "transformers", "peft", "tokenizers", "safetensors")
+PACKAGES = (
+    *("loramux", "torch", "transformers", "peft", "tokenizers", "safetensors"),
+    *("triton", "flashinfer-python", "vllm"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +64,13 @@ def make_row(
     )
 
 
-def header(settings: dict[str, Any]) -> dict[str, Any]:
+def header(settings: dict[str, Any], gpu: str | None = None) -> dict[str, Any]:
     """What one must know to read the rows again: machine, versions, commit, settings."""
     return {
         "kind": "header",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
+            **({"gpu": gpu} if gpu else {}),
             "cpu": cpu_model(),
             "cores": usable_cores(),
             "memory_gib": memory_gib(),
@@ -85,11 +89,18 @@ def write_results(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def result_path(folder: Path) -> Path:
-    """`<date>-<machine>.jsonl` in `folder`, with a counter where that is taken."""
-    words = re.sub(r"\(.*?\)|processor|cpu|@.*", " ", cpu_model().lower())
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """One more row: what was measured is kept, whatever becomes of the cases after it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "row", **row}) + "\n")
+
+
+def result_path(folder: Path, gpu: str | None = None, workload: str | None = None) -> Path:
+    """`<date>-<machine>[-<workload>].jsonl` in `folder`, with a counter where that is taken."""
+    words = re.sub(r"\(.*?\)|processor|cpu|@.*", " ", (gpu or cpu_model()).lower())
     machine = "-".join(re.findall(r"[a-z0-9]+", words)) or "unknown"
-    stem = f"{datetime.now(UTC):%Y-%m-%d}-{machine}-{usable_cores()}-cores"
+    cores = "" if gpu else f"-{usable_cores()}-cores"
+    stem = f"{datetime.now(UTC):%Y-%m-%d}-{machine}{cores}{f'-{workload}' if workload else ''}"
     path, count = folder / f"{stem}.jsonl", 1
     while path.exists():
         count += 1

@@ -1,5 +1,7 @@
 """The driver of `loramux bench throughput`: all systems side by side in one sitting.
 
+With --requests it hands over to `at_once.py`; the rest of this is the comparison on a small model.
+
 A machine drifts, so what is to be compared is run close together. For each concurrency the
 workers of all systems and adapter counts are started, and then their runs take turns:
 
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loramux.bench import at_once
 from loramux.bench.case import Case, make_adapter, model_config
 from loramux.bench.process import BenchError, Worker
 from loramux.bench.report import (
@@ -33,6 +36,7 @@ from loramux.bench.report import (
     table,
     write_results,
 )
+from loramux.bench.sitting import Commands, add_model, add_numbers, add_output
 
 PEERS = {
     PEFT: "peft_mixed.py",
@@ -41,8 +45,13 @@ PEERS = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], commands: Commands | None = None) -> int:
     options = parse(argv)
+    if options.requests:
+        return at_once.run(options, argv, commands)
+    if commands is not None:
+        print("loramux bench: this system is measured with --requests", file=sys.stderr)
+        return 2
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -65,9 +74,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _settings(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What was asked for, without the paths of this machine."""
-    settings = {
-        key: value for key, value in vars(options).items() if key not in ("output", "peers")
-    }
+    # The other mode's options played no part.
+    hidden_options = {"output", "peers", "geometry", *at_once.OPTIONS}
+    settings = {key: value for key, value in vars(options).items() if key not in hidden_options}
     model = settings["model"] = Path(options.model).name
     settings["vllm_python"] = options.vllm_python is not None
     hidden = {options.model: model, options.vllm_python: "PYTHON"}
@@ -79,71 +88,76 @@ def _settings(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="loramux bench throughput",
-        description="Tokens/s, time to first token and peak memory on random prompts, greedy, "
-        "EOS ignored, with random adapters on all seven linears.",
+        description="Tokens/s on random prompts, greedy, EOS ignored, with random adapters: of a "
+        "small model beside transformers and PEFT, or (--requests) of many requests at once.",
     )
-    parser.add_argument("--model", required=True, help="folder of a Llama-like model")
-    parser.add_argument("--concurrency", type=_numbers, default=[1, 8, 32], metavar="N,N,...")
-    parser.add_argument("--adapters", type=_numbers, default=[0, 1, 8], metavar="N,N,...")
+    add_model(parser)
+    add_numbers(parser, "--adapters", None, "0 1 8; with --requests 0 8 32 64")
+    parser.add_argument("--runs", type=int, help="timed runs of each case (3; with --requests 1)")
+    parser.add_argument("--input-len", type=int, help="prompt tokens (128; with --requests 512)")
+    parser.add_argument("--output-len", type=int, help="output tokens (64; with --requests 128)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (16)")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--systems",
-        type=_words,
-        default=None,
-        metavar="NAME,NAME,...",
+        nargs="+",
+        action=Words,
+        metavar="NAME",
         help=f"from {OURS}, {', '.join(PEERS)}; default: all that are there",
     )
     parser.add_argument(
         "--peers",
         type=Path,
-        default=None,
         metavar="DIR",
         help="the repository's bench/peers; without it loramux runs alone",
     )
     parser.add_argument(
         "--vllm-python",
-        default=None,
         metavar="PATH",
         help="the interpreter of an environment that holds vLLM",
     )
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each case")
-    parser.add_argument("--input-len", type=int, default=128, help="prompt tokens")
-    parser.add_argument("--output-len", type=int, default=64, help="output tokens")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--patience",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="the longest that one run may take",
+        help="the longest that one run may take; with --requests, one worker",
     )
-    parser.add_argument(
+    add_output(parser)
+    beside = parser.add_argument_group("beside transformers and PEFT")
+    add_numbers(beside, "--concurrency", [1, 8, 32], "requests at a time (1 8 32)")
+    beside.add_argument("--dtype", default="bfloat16")
+    beside.add_argument(
         "--quick",
         action="store_true",
         help="concurrency 8, 0 and 8 adapters, one run: a look, not a result",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=None,
-        metavar="PATH",
-        help="a .jsonl file, or a folder to put <date>-<machine>.jsonl into",
-    )
+    at_once.add_options(parser.add_argument_group("many requests at once"))
     options = parser.parse_args(argv)
-    if options.quick:
-        options.concurrency, options.adapters, options.runs = [8], [0, 8], 1
+    _fill(options)
+    if options.geometry and not options.requests:
+        parser.error("--geometry needs --requests: the comparison takes a --model with weights")
     if options.runs < 1 or min(options.concurrency) < 1 or options.output_len < 1:
         parser.error("--runs, --concurrency and --output-len must be at least 1")
     return options
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+def _fill(options: argparse.Namespace) -> None:
+    """Defaults that differ between the two modes."""
+    at_once_defaults = {"adapters": [0, 8, 32, 64], "runs": 1, "input_len": 512, "output_len": 128}
+    beside = {"adapters": [0, 1, 8], "runs": 3, "input_len": 128, "output_len": 64}
+    if options.quick:
+        options.concurrency, options.adapters, options.runs = [8], [0, 8], 1
+    for name, value in (at_once_defaults if options.requests else beside).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
-def _words(text: str) -> list[str]:
-    return text.split(",")
+class Words(argparse.Action):
+    """`--systems a,b` and `--systems a b` alike."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, [w for value in values for w in value.split(",") if w])
 
 
 def worker_commands(options: argparse.Namespace) -> dict[str, list[str]]:

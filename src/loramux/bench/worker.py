@@ -51,7 +51,7 @@ def serve(load: Callable[[Case], Generate], argv: Sequence[str]) -> int:
     if len(argv) != 1:
         print("usage: <worker> CASE.json   (then one line with a number for each run)")
         return 2
-    replies = _take_stdout()
+    replies = take_stdout()
     case = Case.read(Path(argv[0]))
     started = time.perf_counter()
     generate = load(case)
@@ -108,7 +108,7 @@ def peak_rss_mib() -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def _take_stdout() -> TextIO:
+def take_stdout() -> TextIO:
     """Keep stdout for replies: what libraries print goes to stderr from here on."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -66,9 +66,23 @@ class EngineConfig(BaseModel):
     max_queue_len: int = Field(default=4096, ge=1)
     """Most waiting requests; one more is refused with 429."""
 
+    async_scheduling: bool | None = None
+    """Plan and launch the next step while one runs; default: on a GPU yes, on a CPU no."""
+
     adapter_patience_s: float = Field(default=2.0, ge=0)
     """How long a request may wait for a place for its adapter, in seconds, before running ones
     of other adapters are put back for it."""
+
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    """`safetensors` refuses other weight files; `dummy` reads none and fills the model with random
+    weights, for benchmarks."""
+
+    enforce_eager: bool = False
+    """Launch every kernel of a decode step on its own instead of replaying CUDA graphs."""
+
+    cudagraph_capture_sizes: list[int] | None = None
+    """Batch sizes whose decode steps are captured as CUDA graphs at start; default: up to
+    `max_num_seqs`, close together where they are small. Larger batches run without."""
 
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, instead of the tokenizer's."""
@@ -117,6 +131,9 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
             "max_model_len": length,
             "max_num_batched_tokens": tokens,
             "kv_cache_memory_bytes": kv_bytes,
+            "async_scheduling": on_gpu
+            if config.async_scheduling is None
+            else config.async_scheduling,
             "lora": lora,
         }
     )

@@ -41,7 +41,6 @@ NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
     "fully_sharded_loras": (False, "it shards adapters over tensor-parallel ranks"),
     "default_mm_loras": (None, "it needs multimodal requests"),
     "enable_tower_connector_lora": (False, "it needs multimodal models"),
-    "specialize_active_lora": (False, "it needs CUDA graphs"),
     "enable_mixed_moe_lora_format": (False, "it needs mixture-of-experts adapters"),
 }
 
@@ -198,11 +197,6 @@ class LoRAConfig(BaseModel):
         Returns a new object; this one stays as the user wrote it. Raises ConfigError.
         """
         self.refuse_unserved()
-        if self.dual_stream(model.device):
-            raise ConfigError(
-                f"{DUAL_STREAM_VARIABLE} is not served yet: it needs the CUDA kernels",
-                field=DUAL_STREAM_VARIABLE,
-                remedy=f"unset {DUAL_STREAM_VARIABLE}",
-            )
+        self.dual_stream(model.device)  # raises where it cannot be had
         dtype = model.dtype if self.lora_dtype == "auto" else self.lora_dtype
         return self.model_copy(update={"lora_dtype": dtype})

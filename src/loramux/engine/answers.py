@@ -12,7 +12,7 @@ from loramux.types import Delta, FinishReason, TokenLogprob, TokenLogprobs
 
 @dataclass(slots=True)
 class _Answer:
-    detokenizer: Detokenizer
+    detokenizer: Detokenizer | None  # None: tokens only
     held: str = ""  # text that may be the start of a stop string
     tokens: list[int] = field(default_factory=list)  # not yet given out
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -28,15 +28,18 @@ class AnswerWriter:
         self._answers: dict[int, _Answer] = {}
 
     def open(self, sequence: Sequence) -> None:
-        """Start the answer of `sequence`; also fixes which tokens end it."""
+        """Start the answer of `sequence`; also fixes which tokens end it, and how long it can be."""
         params = sequence.request.params
         eos = () if params.ignore_eos else tuple(self._eos_ids)
         sequence.stop_ids = (*eos, *params.stop_token_ids)
-        detokenizer = Detokenizer(
-            self._text,
-            sequence.request.prompt_token_ids,
-            skip_special_tokens=params.skip_special_tokens,
-        )
+        sequence.max_length = min(sequence.max_length, self._max_model_len)
+        detokenizer = None
+        if params.detokenize:
+            detokenizer = Detokenizer(
+                self._text,
+                sequence.request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+            )
         self._answers[sequence.sequence_id] = _Answer(detokenizer)
 
     def close(self, sequence: Sequence) -> None:
@@ -46,13 +49,19 @@ class AnswerWriter:
         """Book one token. The Delta is None while its text may yet become a stop string."""
         answer = self._answers[sequence.sequence_id]
         answer.tokens.append(sampled.token_id)
-        if sampled.logprobs is not None:
-            answer.logprobs.append(self._decode_logprobs(sampled.logprobs))
+        params = sequence.request.params
+        if (logprobs := sampled.logprobs) is not None:
+            answer.logprobs.append(
+                self._decode_logprobs(logprobs) if params.detokenize else logprobs
+            )
         if sampled.token_id in sequence.stop_ids:
             return self._stop_at_token(sequence, answer, sampled.token_id)
-        params = sequence.request.params
+        reason: FinishReason | None = None
+        if sequence.num_tokens >= sequence.max_length:
+            reason = "length"
+        if answer.detokenizer is None:
+            return self._give(sequence, answer, 0, reason)
         piece = answer.detokenizer.add(sampled.token_id)
-        reason = self._length_reason(sequence)
         if reason is not None:
             piece += answer.detokenizer.flush()
         answer.held += piece
@@ -72,18 +81,13 @@ class AnswerWriter:
     def _stop_at_token(self, sequence: Sequence, answer: _Answer, token_id: int) -> Delta:
         params = sequence.request.params
         explicit = token_id in params.stop_token_ids
-        answer.held += answer.detokenizer.flush()
-        if params.include_stop_str_in_output or (explicit and not params.skip_special_tokens):
-            answer.held += answer.detokenizer.add(token_id)
+        if (detokenizer := answer.detokenizer) is not None:
+            answer.held += detokenizer.flush()
+            if params.include_stop_str_in_output or (explicit and not params.skip_special_tokens):
+                answer.held += detokenizer.add(token_id)
         return self._give(
             sequence, answer, len(answer.held), "stop", token_id if explicit else None
         )
-
-    def _length_reason(self, sequence: Sequence) -> FinishReason | None:
-        limit = sequence.request.params.max_tokens
-        if limit is not None and sequence.num_output >= limit:
-            return "length"
-        return "length" if sequence.num_tokens >= self._max_model_len else None
 
     def _give(
         self,

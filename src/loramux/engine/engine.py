@@ -2,36 +2,39 @@
 
 `submit`, `cancel`, `add_adapter` and `remove_adapter` may be called from any thread; `step` belongs
 to one. Files are read and rank rows written in the adapter reader's thread, never in a step.
+
+Where the runner runs ahead, a call of `step` launches one step and reads the one launched before:
+
+    plan 1, launch 1 | plan 2, launch 2, read 1 | plan 3, launch 3, read 2 | ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from loramux.adapters.pool import AdapterPool
 from loramux.adapters.store import AdapterStore
-from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, resolve
 from loramux.engine.answers import AnswerWriter
-from loramux.engine.blocks import BlockPool
+from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
-from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
-from loramux.engine.runner import Runner
-from loramux.engine.scheduler import Scheduler, SchedulerLimits
+from loramux.engine.loads import AdapterLoads
+from loramux.engine.plan import StepPlan, StepResult
+from loramux.engine.runner import Running
+from loramux.engine.scheduler import make_scheduler
 from loramux.engine.sequence import Sequence as Answer
+from loramux.engine.sequence import answers_of
 from loramux.engine.validation import validate_request
 from loramux.errors import (
-    AdapterLoadFailed,
     EngineError,
     EngineStopped,
     InvalidField,
@@ -65,6 +68,14 @@ class _Open:
     remaining: int
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step that was launched and not read yet."""
+
+    plan: StepPlan
+    running: Running
+
+
 class Engine:
     """One model, its adapters and everything in flight."""
 
@@ -76,10 +87,11 @@ class Engine:
             config.tokenizer or config.model, config.revision, config.chat_template
         )
         self.vocab_size = loaded.vocab_size
-        self.runner = Runner(loaded.attached, self.config, loaded.facts)
+        self.runner = make_runner(loaded.attached, self.config, loaded.facts)
         self.inbox = Inbox()
         self.store = self._make_store(loaded.attached.schema)
-        self.scheduler = self._make_scheduler()
+        self.loads = self._make_loads()
+        self.scheduler = make_scheduler(self.config, self.runner.num_blocks)
         eos = loaded.eos_token_ids | {i for i in [self.text.eos_token_id] if i is not None}
         assert self.config.max_model_len is not None
         self.writer = AnswerWriter(self.text, frozenset(eos), self.config.max_model_len)
@@ -88,6 +100,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._out: list[Delta] = []
+        self._in_flight: _InFlight | None = None
         self._failed_steps = 0
         self._totals = EngineStats()
         self._stopped = False
@@ -121,7 +134,7 @@ class Engine:
             if request_id in self._open:
                 self._release(request)
                 raise InvalidField(f"request id {request_id!r} is in use", field="request_id")
-            opened = _Open(request, self._answers(request), params.n)
+            opened = _Open(request, answers_of(request, self._seeds, self._ids), params.n)
             self._open[request_id] = opened
         self.inbox.post(partial(self._enqueue, opened))
 
@@ -146,23 +159,6 @@ class Engine:
                 field="lora",
             )
         return acquired
-
-    def _answers(self, request: Request) -> list[Answer]:
-        seed = request.params.seed
-        base = self._seeds.getrandbits(48) if seed is None else seed
-        answers: list[Answer] = []
-        for index in range(request.params.n):
-            answers.append(
-                Answer(
-                    sequence_id=next(self._ids),
-                    request=request,
-                    index=index,
-                    seed=base + index,
-                    queued_at=request.arrival_s,
-                    elder=answers[0] if answers else None,
-                )
-            )
-        return answers
 
     # --- adapters, from any thread -------------------------------------------------------------
 
@@ -191,36 +187,42 @@ class Engine:
     # --- the loop's thread ---------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
-        """Take in what was posted, run one step, return the news of every answer."""
-        for action in self.inbox.drain():
-            action()
+        """Take in what was posted, launch a step, return the news of the step that was read.
+
+        That is the same step or, where the runner runs ahead, the one before.
+        """
+        self._take_in()
         plan = self.scheduler.plan(time.monotonic())
-        self._start_loads()
-        if plan.rows and (result := self._execute(plan)) is not None:
-            self._write(plan, result)
-        deltas, self._out = self._out, []
-        return deltas
+        for load in self.scheduler.take_loads():
+            assert self.loads is not None
+            self.loads.start(load)
+        due = self._launch(plan)
+        if self.runner.run_ahead:
+            due, self._in_flight = self._in_flight, due
+        if due is not None and (result := self._read(due)) is not None:
+            self._write(due.plan, result)
+        return self._take_out()
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._open)
+        """Whether `step` has something to do, were it only to read a step in flight."""
+        return bool(self._open) or self._in_flight is not None
 
     def wait(self) -> None:
         """Sleep until there may be something to do; call it when a step brought nothing."""
-        if not self.scheduler.running:
+        if not self.scheduler.running and self._in_flight is None:
             # Waiting requests may be due for a place; the clock, not a message, tells.
             self.inbox.wait(0.02 if self.scheduler.waiting else None)
 
     def fail_all(self, error: LoramuxError) -> list[Delta]:
         """End every open request with `error`."""
-        for action in self.inbox.drain():
-            action()
+        self._take_in()
+        self._drop_in_flight()
         for opened in list(self._open.values()):
             for answer in opened.answers:
                 if answer.finish_reason is None:
                     self._end(answer, error)
-        deltas, self._out = self._out, []
-        return deltas
+        return self._take_out()
 
     def stop(self) -> None:
         """Refuse new requests from now on."""
@@ -231,6 +233,7 @@ class Engine:
         self.stop()
         if self.store is not None:
             self.store.close()
+        self._drop_in_flight()
 
     def stats(self) -> EngineStats:
         """Counters at this moment; the cumulative ones never go down."""
@@ -256,8 +259,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """With nothing in flight: no block, place or adapter user has leaked."""
-        for action in self.inbox.drain():
-            action()
+        self._take_in()
+        self._drop_in_flight()
         assert not self._open, "requests are still open"
         self.scheduler.check_integrity()
         if self.store is not None:
@@ -274,24 +277,23 @@ class Engine:
             on_gone=lambda digest: self.inbox.post(partial(self._gone, digest)),
         )
 
-    def _make_scheduler(self) -> Scheduler:
-        config, lora = self.config, self.config.lora
-        assert config.max_num_batched_tokens is not None
-        limits = SchedulerLimits(
-            config.max_num_seqs, config.max_num_batched_tokens, config.adapter_patience_s
-        )
-        blocks = BlockPool(
-            self.runner.num_blocks,
-            config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
-        pool = AdapterPool(lora.max_loras, lora.max_lora_rank) if lora else None
-        return Scheduler(limits, blocks, pool)
+    def _make_loads(self) -> AdapterLoads | None:
+        if self.store is None:
+            return None
+
+        def arrived(ref: AdapterRef, failure: LoramuxError | None) -> None:
+            self.inbox.post(partial(self._arrived, ref, failure))
+
+        return AdapterLoads(self.store, self.runner.load, arrived)
 
     def _enqueue(self, opened: _Open) -> None:
         for answer in opened.answers:
             self.writer.open(answer)
             self.scheduler.add(answer)
+        if self.loads is not None and self.scheduler.adapters is not None:
+            for ref, _ in opened.request.adapters:
+                if not self.scheduler.adapters.is_resident(ref.digest):
+                    self.loads.prefetch(ref)
 
     def _cancel(self, request_id: str) -> None:
         if (opened := self._open.get(request_id)) is None:
@@ -300,28 +302,61 @@ class Engine:
             if answer.finish_reason is None:
                 self._finish(answer, "abort")
 
-    def _execute(self, plan: StepPlan) -> StepResult | None:
-        """Run the plan. If the device refuses, its requests end with an error and the rest go on."""
+    def _take_in(self) -> None:
+        for action in self.inbox.drain():
+            action()
+
+    def _take_out(self) -> list[Delta]:
+        deltas, self._out = self._out, []
+        return deltas
+
+    def _launch(self, plan: StepPlan) -> _InFlight | None:
+        if not plan.rows:
+            return None
         try:
-            result = self.runner.execute(plan)
+            running = self.runner.launch(plan)
         except Exception as error:
-            logger.exception("a step failed")
-            self._failed_steps += 1
-            failure = EngineError(f"the step failed: {type(error).__name__}: {error}")
-            ids = {row.sequence_id for row in plan.rows}
-            for answer in [a for a in self.scheduler.running if a.sequence_id in ids]:
-                self._end(answer, failure)
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise failure from error
+            self._step_failed(error, plan)
+            return None
+        self.scheduler.launched(plan)
+        return _InFlight(plan, running)
+
+    def _read(self, step: _InFlight) -> StepResult | None:
+        try:
+            result = step.running.read()
+        except Exception as error:
+            # What was launched since went on from this step's tokens.
+            after = self._drop_in_flight()
+            self._step_failed(error, step.plan, *([after.plan] if after else []))
             return None
         self._failed_steps = 0
         self._totals.steps += 1
         return result
 
+    def _drop_in_flight(self) -> _InFlight | None:
+        """Wait for the step in flight, and forget it."""
+        step, self._in_flight = self._in_flight, None
+        if step is not None:
+            with contextlib.suppress(Exception):
+                step.running.read()
+        return step
+
+    def _step_failed(self, error: Exception, *plans: StepPlan) -> None:
+        """The device refused: the requests of these steps end with an error, the rest go on."""
+        logger.error("a step failed", exc_info=error)
+        self._failed_steps += 1
+        failure = EngineError(f"the step failed: {type(error).__name__}: {error}")
+        for plan in plans:
+            for answer in self.scheduler.alive_in(plan):
+                self._end(answer, failure)
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise failure from error
+
     def _write(self, plan: StepPlan, result: StepResult) -> None:
+        advanced = self.scheduler.commit(plan, result)
         self._totals.prompt_tokens += plan.num_tokens - len(result.sampled)
-        self._totals.generation_tokens += len(result.sampled)
-        for answer, sampled in self.scheduler.commit(plan, result):
+        self._totals.generation_tokens += len(advanced)
+        for answer, sampled in advanced:
             delta = self.writer.add(answer, sampled)
             if delta is None:
                 continue
@@ -354,32 +389,13 @@ class Engine:
 
     # --- adapters, on the loop's thread --------------------------------------------------------
 
-    def _start_loads(self) -> None:
-        for load in self.scheduler.take_loads():
-            assert self.store is not None
-            self.store.fetch(load.ref).add_done_callback(partial(self._place, load))
-
-    def _place(self, load: AdapterLoad, future: Future[AdapterWeights]) -> None:
-        """In the reader's thread: write the rows, then tell the loop."""
-        done: Callable[[], None]
-        try:
-            self.runner.load(load, future.result())
-            done = partial(self._loaded, load.ref)
-        except LoramuxError as error:
-            done = partial(self._load_failed, load.ref, error)
-        except Exception as error:  # memory, or a bug: this request ends, the server does not
-            logger.exception("loading adapter %r failed", load.ref.name)
-            failure = AdapterLoadFailed(f"adapter {load.ref.name!r} could not be loaded: {error}")
-            done = partial(self._load_failed, load.ref, failure)
-        self.inbox.post(done)
-
-    def _loaded(self, ref: AdapterRef) -> None:
-        self._totals.device_loads += 1
-        self.scheduler.loaded(ref.digest)
-
-    def _load_failed(self, ref: AdapterRef, error: LoramuxError) -> None:
-        for answer in self.scheduler.load_failed(ref.digest):
-            self._end(answer, error)
+    def _arrived(self, ref: AdapterRef, failure: LoramuxError | None) -> None:
+        if failure is None:
+            self._totals.device_loads += 1
+            self.scheduler.loaded(ref.digest)
+        else:
+            for answer in self.scheduler.load_failed(ref.digest):
+                self._end(answer, failure)
 
     def _gone(self, digest: str) -> None:
         assert self.scheduler.adapters is not None

@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts, num_blocks
-from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
-from loramux.engine.sampler import sample
-from loramux.kernels import AttentionBatch, Segments
+from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
 from loramux.models.attach import Attached
 
+if TYPE_CHECKING:  # it needs Triton, which a CPU does not
+    from loramux.engine.device_loader import DeviceLoader
 
-class Runner:
+
+class Running(Protocol):
+    """A step that was launched."""
+
+    def read(self) -> StepResult:
+        """What it chose; waits for this step and no other. Raises what went wrong on the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step that was done when `launch` returned."""
+
+    result: StepResult
+
+    def read(self) -> StepResult:
+        return self.result
+
+
+class Runner(ABC):
     """Holds the model, the KV cache and the adapter pool; executes steps and loads adapters.
 
-    `execute` belongs to the step loop's thread. `load` may run in another thread at the same time:
+    `launch` belongs to the step loop's thread. `load` may run in another thread at the same time:
     it writes only rows that no step uses until the scheduler has been told.
     """
 
     def __init__(self, attached: Attached, config: EngineConfig, facts: ModelFacts):
         self.attached = attached
+        self.decoder = attached.decoder
         self.num_blocks = num_blocks(config, facts)
         self.block_size = config.block_size
+        self.run_ahead = bool(config.async_scheduling)
         self._device = attached.device
         dtype = getattr(torch, facts.dtype)
-        for attention in attached.attentions:
-            attention.allocate(self.num_blocks, config.block_size, dtype, facts.device)
         if config.lora is not None:
             rows = config.lora.max_loras * config.lora.max_lora_rank
             lora_dtype = getattr(torch, config.lora.lora_dtype)
+            under = self.extends_products and lora_dtype == dtype
             for site in attached.sites:
-                site.attach_site(rows, lora_dtype)
-        if self._device.type == "cpu":
-            self._pack()
+                site.attach_site(rows, lora_dtype, under_weight=under)
+        self._loader = self._make_loader()
+        for attention in attached.attentions:
+            attention.allocate(self.num_blocks, config.block_size, dtype, facts.device)
 
-    @torch.inference_mode()
+    last_step: torch.cuda.Event | None = None  # fires when the newest step is done
+    extends_products = False  # whether A stands under the base weights
+
+    @abstractmethod
+    def launch(self, plan: StepPlan) -> Running:
+        """Start one step. Raises what can be told at once.
+
+        A `PENDING` token is what its sequence chose in the step launched before this one."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Keys and values of its tokens are in the cache when it returns."""
-        self._fill_batch(plan)
-        try:
-            logits = self._forward(plan.rows)  # [B, V]
-        finally:
-            self.attached.batch.clear()
-        rows = [row for row in plan.rows if row.sample is not None]
-        chosen = sample(logits, [row.sample for row in rows if row.sample is not None])
-        return StepResult({row.sequence_id: s for row, s in zip(rows, chosen, strict=True)})
+        return self.launch(plan).read()
 
     @torch.inference_mode()
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
-        """Write an adapter into its rank rows."""
+        """Write an adapter into its rank rows; they hold it when this returns.
+
+        Raises AdapterLoadFailed when the device has no memory for it.
+        """
+        if self._loader is not None:
+            self._loader.load(load, weights, after=self.last_step)
+            return
         rows = slice(load.first_row, load.first_row + load.ref.max_r)
         first = load.first_row
         for merged in self.attached.sites:
@@ -68,94 +98,12 @@ class Runner:
             site.b[first : first + pair.r, columns].copy_(pair.b)  # [r, out]
             site.row_scale[spec.slice_index, first] = pair.scale
             site.row_r[spec.slice_index, first] = pair.r
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
 
-    def _pack(self) -> None:
-        """Reorder every weight for the CPU's matrix products, one after the other."""
-        seen = {id(merged): merged for merged, _ in self.attached.names.values()}
-        for merged in seen.values():
-            merged.pack()
-        for module in self.attached.model.modules():
-            if isinstance(module, torch.nn.Embedding):
-                # The last that points into the mapped checkpoint, whose pages count as ours.
-                module.weight.data = module.weight.data.clone()
-
-    def _fill_batch(self, plan: StepPlan) -> None:
-        batch = self.attached.batch
-        batch.slots = self._slots(plan.rows)  # [T]
-        batch.attention = self._attention(plan.rows)
-        batch.segments = self._segments(plan.rows)
-
-    def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Logits [B, V] of the last token of each row that samples."""
-        ids = [token for row in rows for token in row.token_ids]
-        positions = [p for row in rows for p in range(row.start, row.start + len(row.token_ids))]
-        keep, end = [], 0
-        for row in rows:
-            end += len(row.token_ids)
-            if row.sample is not None:
-                keep.append(end - 1)
-        output = self.attached.model(
-            input_ids=self._tensor([ids]),  # [1, T]
-            position_ids=self._tensor([positions]),  # [1, T]
-            use_cache=False,
-            logits_to_keep=self._tensor(keep),  # [B]
-        )
-        logits: torch.Tensor = output.logits
-        return logits[0]  # [B, V]
-
-    def _tensor(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
-
-    def _slots(self, rows: Sequence[Row]) -> torch.Tensor:
-        size = self.block_size
-        return self._tensor(
-            [
-                row.block_table[p // size] * size + p % size
-                for row in rows
-                for p in range(row.start, row.start + len(row.token_ids))
-            ]
-        )  # [T]
-
-    def _attention(self, rows: Sequence[Row]) -> AttentionBatch:
-        width = max(len(row.block_table) for row in rows)
-        tables = [row.block_table + (0,) * (width - len(row.block_table)) for row in rows]
-        starts, contexts = [0], []
-        for row in rows:
-            starts.append(starts[-1] + len(row.token_ids))
-            contexts.append(row.start + len(row.token_ids))
-        return AttentionBatch(
-            block_tables=self._tensor(tables, torch.int32),  # [Q, blocks]
-            query_starts=starts,
-            query_starts_tensor=self._tensor(starts, torch.int32),  # [Q+1]
-            context_lens=contexts,
-            context_lens_tensor=self._tensor(contexts, torch.int32),  # [Q]
-        )
-
-    def _segments(self, rows: Sequence[Row]) -> Segments | None:
-        """Runs of tokens with equal members; None when no row has an adapter."""
-        runs: list[tuple[int, int, tuple[tuple[int, float], ...]]] = []
-        token = 0
-        for row in rows:
-            end = token + len(row.token_ids)
-            if row.members:
-                if runs and runs[-1][1] == token and runs[-1][2] == row.members:
-                    runs[-1] = (runs[-1][0], end, row.members)
-                else:
-                    runs.append((token, end, row.members))
-            token = end
-        if not runs:
+    def _make_loader(self) -> DeviceLoader | None:
+        """What brings adapters to a GPU beside the steps; None on a CPU, or without adapters."""
+        sites = [merged.site for merged in self.attached.sites if merged.site is not None]
+        if self._device.type != "cuda" or not sites:
             return None
-        offsets = [0]
-        for _, _, members in runs:
-            offsets.append(offsets[-1] + len(members))
-        flat = [member for _, _, members in runs for member in members]
-        return Segments(
-            starts=self._tensor([run[0] for run in runs], torch.int32),  # [G]
-            ends=self._tensor([run[1] for run in runs], torch.int32),  # [G]
-            member_offsets=self._tensor(offsets, torch.int32),  # [G+1]
-            member_rows=self._tensor([row for row, _ in flat], torch.int32),  # [M]
-            member_scales=self._tensor([scale for _, scale in flat], torch.float32),  # [M]
-            num_segments=len(runs),
-        )
+        from loramux.engine.device_loader import DeviceLoader
+
+        return DeviceLoader(self._device, sites, self.attached.schema)

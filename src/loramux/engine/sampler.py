@@ -1,166 +1,138 @@
-"""From logits to tokens, a row at a time where rows differ, all at once where they do not.
+"""From logits to tokens, which stay on the device until they are read.
 
-Order of operations, as in vLLM: log-probabilities of the raw logits; bias and penalties;
-temperature; min-p; top-k and top-p; a draw. A draw depends on the row's seed and position alone, so
-an answer with a seed is the same in every batch.
+Order of operations, as in vLLM: log-probabilities of the raw logits; penalties and bias;
+temperature; min-p; top-k and top-p; a draw. Nothing of a row depends on its neighbours, so an
+answer with a seed is the same in every batch (on one kind of device: the CPU and GPUs draw from
+different streams of noise).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
+from loramux.engine import host_draw
+from loramux.engine.adjust import Adjusted, adjust
+from loramux.engine.logprobs import Logprobs, logprobs
 from loramux.engine.plan import Sampled, SampleSpec
-from loramux.types import SamplingParams, TokenLogprob, TokenLogprobs
+from loramux.engine.transfer import Download, upload
 
-WINDOW = 1024  # tokens that are looked at before the whole vocabulary is sorted
+Draw = Callable[
+    [torch.Tensor, list[int], list[int], Sequence[SampleSpec], torch.Tensor],
+    None,
+]
+
+
+class Choice:
+    """What was chosen: `tokens` [B] int64 on the device at once, and on the host when read."""
+
+    def __init__(self, tokens: torch.Tensor, wanted: Logprobs | None):
+        self.tokens = tokens  # [B]
+        self._wanted = wanted
+        parts = () if wanted is None else (wanted.values, wanted.ids)
+        self._download = Download(tokens, *parts)
+
+    def read(self) -> list[Sampled]:
+        """Wait for this choice, not for what was launched after it."""
+        chosen, *parts = self._download.wait()
+        tokens: list[int] = chosen.tolist()
+        if self._wanted is None:
+            return [Sampled(token) for token in tokens]
+        found = self._wanted.build(tokens, *parts)
+        return [Sampled(token, found.get(row)) for row, token in enumerate(tokens)]
+
+
+class Sampler:
+    """Chooses tokens for rows that may all differ. On CUDA it never waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self._draw: Draw = _draw_on_host
+        if device.type == "cuda":
+            try:
+                from loramux.kernels import triton_sampling  # noqa: F401
+            except ImportError:
+                return
+            self._draw = _draw_by_kernels
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        specs: Sequence[SampleSpec],
+        before: torch.Tensor | None = None,
+        greedy: torch.Tensor | None = None,
+    ) -> Choice:
+        """Choose a token for each row of `logits` [B, V], which is not changed.
+
+        `before` [B] int64: the tokens of the step before, read only for rows whose spec is
+        `pending`. `greedy` [B] int64: the rows' argmax, if it is known. Neither is kept.
+        """
+        if logits.device.type == "cpu":
+            logits = logits.float()  # [B, V], since torch is slow at 16 bits there
+        tokens = logits.argmax(dim=-1) if greedy is None else greedy.clone()  # [B]
+        adjusted = adjust(logits, specs, before)
+        if adjusted is not None:
+            tokens.index_copy_(0, adjusted.index, adjusted.logits.argmax(dim=-1))
+        for source, places, rows in _drawn(logits, specs, adjusted):
+            self._draw(source, places, rows, specs, tokens)
+        return Choice(tokens, logprobs(logits, tokens, specs))
 
 
 def sample(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """Choose a token for each row of `logits` [B, V]; `logits` is not changed."""
-    logits = logits.float()  # [B, V]
-    wants = [spec.params.logprobs is not None for spec in specs]
-    raw = logits.log_softmax(dim=-1) if any(wants) else None  # [B, V]
-    adjusted = _adjust(logits, specs)  # [B, V]
-    chosen = adjusted.argmax(dim=-1)  # [B]
-    drawn = [i for i, spec in enumerate(specs) if not spec.params.greedy]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)  # [D]
-        chosen[index] = _draw(adjusted[index], [specs[i] for i in drawn])
-    tokens = chosen.tolist()
-    if raw is None:
-        return [Sampled(token) for token in tokens]
-    return [
-        Sampled(token, _logprobs(raw[i], token, specs[i].params) if wants[i] else None)
-        for i, token in enumerate(tokens)
-    ]
+    """Choose a token for each row of `logits` [B, V] and wait for it."""
+    return Sampler(logits.device).choose(logits, specs).read()
 
 
-def _adjust(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    """Biases, penalties and forbidden stops; the same tensor where no row has any."""
-    touched = [i for i, spec in enumerate(specs) if _touches(spec)]
-    if not touched:
-        return logits
-    logits = logits.clone()  # [B, V]
-    for i in touched:
-        _adjust_row(logits[i], specs[i])
-    return logits
+def _drawn(
+    logits: torch.Tensor, specs: Sequence[SampleSpec], adjusted: Adjusted | None
+) -> list[tuple[torch.Tensor, list[int], list[int]]]:
+    """The rows that are not greedy: from where, which rows of it, which rows of the batch."""
+    drawn = [row for row, spec in enumerate(specs) if not spec.params.greedy]
+    places = {} if adjusted is None else {row: n for n, row in enumerate(adjusted.rows)}
+    plain = [row for row in drawn if row not in places]
+    groups = [(logits, plain, plain)]
+    if adjusted is not None:
+        changed = [row for row in drawn if row in places]
+        groups.append((adjusted.logits, [places[row] for row in changed], changed))
+    return [group for group in groups if group[1]]
 
 
-def _touches(spec: SampleSpec) -> bool:
-    return bool(spec.params.logit_bias or spec.stop_ids or spec.prompt_ids or spec.output_ids)
+def _draw_on_host(
+    source: torch.Tensor,
+    places: list[int],
+    rows: list[int],
+    specs: Sequence[SampleSpec],
+    tokens: torch.Tensor,
+) -> None:
+    """Replace `tokens` [B] at `rows` by draws from rows `places` of `source` [N, V]."""
+    where, index = torch.tensor([places, rows], device=source.device)  # [D] each
+    chosen = host_draw.draw(source[where].float(), [specs[row] for row in rows])  # [D]
+    tokens.index_copy_(0, index, chosen)
 
 
-def _adjust_row(row: torch.Tensor, spec: SampleSpec) -> None:
-    """Change one row [V] in place."""
-    params = spec.params
-    if spec.prompt_ids or spec.output_ids:
-        _penalise(row, spec)
-    for token, bias in params.logit_bias:
-        row[token] += bias
-    if spec.stop_ids:
-        row[list(spec.stop_ids)] = -torch.inf
+def _draw_by_kernels(
+    source: torch.Tensor,
+    places: list[int],
+    rows: list[int],
+    specs: Sequence[SampleSpec],
+    tokens: torch.Tensor,
+) -> None:
+    """The same without waiting for the device."""
+    from loramux.kernels import triton_sampling as kernels
 
-
-def _penalise(row: torch.Tensor, spec: SampleSpec) -> None:
-    params, device = spec.params, row.device
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*spec.prompt_ids, *spec.output_ids}), device=device)  # [U]
-        values = row[seen]  # [U]
-        factor = params.repetition_penalty
-        row[seen] = torch.where(values > 0, values / factor, values * factor)
-    if spec.output_ids and (params.frequency_penalty or params.presence_penalty):
-        output = torch.tensor(spec.output_ids, device=device)  # [N]
-        tokens, counts = output.unique(return_counts=True)  # [U], [U]
-        row[tokens] -= params.frequency_penalty * counts + params.presence_penalty
-
-
-def _draw(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    """One random token for each row of `logits` [D, V]: argmax of p / e with e ~ Exp(1)."""
-    temperature = _column(logits, [s.params.temperature for s in specs])  # [D, 1]
-    logits = _cut_min_p(logits / temperature, specs)  # [D, V]
-    size = logits.shape[-1]
-    # How a row is drawn depends on its own settings alone, so its neighbours cannot change it.
-    cut = [i for i, s in enumerate(specs) if _top_k(s, size) < size or s.params.top_p < 1.0]
-    whole = [i for i in range(len(specs)) if i not in set(cut)]
-    chosen = torch.empty(len(specs), dtype=torch.long, device=logits.device)  # [D]
-    if whole:
-        chosen[whole] = _race(logits[whole], [specs[i] for i in whole])
-    if cut:
-        rows = [specs[i] for i in cut]
-        window, tokens = _likeliest(logits[cut], rows)  # [C, W], [C, W]
-        place = _race(window, rows)  # [C]
-        chosen[cut] = tokens.gather(-1, place.unsqueeze(-1)).squeeze(-1)
-    return chosen
-
-
-def _race(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    """Winner of each row of [D, W]. Of a longer row, the noise of the first places is the same."""
-    width = logits.shape[-1]
-    noise = np.stack([_noise(spec, width) for spec in specs])  # [D, W]
-    probabilities = logits.softmax(dim=-1)  # [D, W]
-    return (probabilities / torch.from_numpy(noise).to(logits.device)).argmax(dim=-1)  # [D]
-
-
-def _noise(spec: SampleSpec, size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Exp(1) draws that depend on seed and position only; made on the CPU so devices agree."""
-    generator = np.random.Generator(np.random.SFC64([spec.seed & (2**63 - 1), spec.position]))
-    return np.maximum(generator.standard_exponential(size, dtype=np.float32), 1e-30)  # [size]
-
-
-def _cut_min_p(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
-    if not any(s.params.min_p > 0 for s in specs):
-        return logits
-    min_p = _column(logits, [max(s.params.min_p, 1e-30) for s in specs])  # [D, 1]
-    floor = logits.amax(dim=-1, keepdim=True) + min_p.log()  # [D, 1]
-    return logits.masked_fill(logits < floor, -torch.inf)
-
-
-def _top_k(spec: SampleSpec, size: int) -> int:
-    return spec.params.top_k if 0 < spec.params.top_k < size else size
-
-
-def _likeliest(
-    logits: torch.Tensor, specs: Sequence[SampleSpec]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of [C, V], the tokens that top_k and top_p leave: logits [C, W], -inf where cut, and ids.
-
-    The whole vocabulary is sorted only if the first `WINDOW` places do not hold enough mass.
-    """
-    size = logits.shape[-1]
-    top_k = _column(logits, [_top_k(s, size) for s in specs])  # [C, 1]
-    top_p = _column(logits, [s.params.top_p for s in specs])  # [C, 1]
-    widest = max((k for s in specs if (k := _top_k(s, size)) < size), default=1)
-    total = logits.logsumexp(dim=-1, keepdim=True)  # [C, 1]
-    for width in (min(size, max(WINDOW, widest)), size):
-        window, tokens = logits.topk(width)  # [C, W], likeliest first
-        place = torch.arange(width, device=logits.device)  # [W]
-        window = window.masked_fill(place >= top_k, -torch.inf)
-        # top_p counts the mass of what top_k left
-        mass = torch.where(top_k < size, window.logsumexp(-1, keepdim=True), total)  # [C, 1]
-        share = (window - mass).exp()  # [C, W]
-        through = share.cumsum(dim=-1)  # [C, W]
-        if width == size or bool(((through[:, -1:] >= top_p) | (top_k < size)).all()):
-            break
-    cut = (through - share >= top_p) & (place > 0)  # the likeliest token always stays
-    return window.masked_fill(cut, -torch.inf), tokens
-
-
-def _column(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(-1)  # [D, 1]
-
-
-def _logprobs(row: torch.Tensor, token: int, params: SamplingParams) -> TokenLogprobs:
-    """The chosen token's log-probability and rank, and the likeliest alternatives, from [V]."""
-    value = row[token]
-    rank = int((row > value).sum()) + 1
-    count = min(params.logprobs or 0, row.shape[-1])
-    values, tokens = row.topk(count)  # [count]
-    top = tuple(
-        TokenLogprob(t, v, i + 1)
-        for i, (t, v) in enumerate(zip(tokens.tolist(), values.tolist(), strict=True))
-    )
-    return TokenLogprobs(TokenLogprob(token, float(value), rank), top)
+    draws = []
+    for place, row in zip(places, rows, strict=True):
+        spec, p = specs[row], specs[row].params
+        draw = kernels.Draw(
+            source=place,
+            target=row,
+            seed=spec.seed,
+            position=spec.position,
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+        )
+        draws.append(draw)
+    (settings,) = upload(source.device, kernels.pack(draws, source.shape[-1]))  # [C, D]
+    kernels.draw(source, settings, tokens, any(draw.cuts for draw in draws))

@@ -4,10 +4,18 @@
        ^------------- preempted (blocks or places given back) --|
 
 A sequence runs when it has blocks *and* its adapters are resident. Running decodes come first, then
-running prefills, then the queue in order of age. A waiting sequence whose adapters find no place is
-passed by those behind it, but not for ever: after `adapter_patience_s` the adapters that were held
-longest give way to it, and their sequences go back to the queue (their blocks stay in the prefix
-cache, so little is computed twice).
+running prefills, then the queue in order of age. The oldest that have to wait hold places all the
+same, so their adapters are on the device by the time they can run. A waiting sequence whose adapters
+find no place is passed by those behind it, but not for ever: after `adapter_patience_s` the adapters
+that were held longest give way to it, and their sequences go back to the queue (their blocks stay in
+the prefix cache, so little is computed twice).
+
+A step may be planned while the one before runs:
+
+    plan 1, launched 1, plan 2, launched 2, commit 1, plan 3, launched 3, commit 2, ...
+
+What step 1 chose is *pending* until it is committed. Nothing here depends on the value of a pending
+token, only on their number, so the answers are those of plan, launched, commit, one after the other.
 """
 
 from __future__ import annotations
@@ -16,10 +24,15 @@ import bisect
 from dataclasses import dataclass
 
 from loramux.adapters.pool import AdapterPool
+from loramux.config import EngineConfig
 from loramux.engine.blocks import BlockPool
-from loramux.engine.plan import AdapterLoad, Row, Sampled, SampleSpec, StepPlan, StepResult
+from loramux.engine.places import Places, Room
+from loramux.engine.plan import AdapterLoad, Row, Sampled, StepPlan, StepResult
+from loramux.engine.rows import make_row
 from loramux.engine.sequence import Sequence
 from loramux.types import FinishReason
+
+PREFETCHED = 64  # waiting sequences that may hold places before they can run
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +52,35 @@ class Scheduler:
         self.blocks = blocks
         self.adapters = adapters
         self.waiting: list[Sequence] = []  # sorted by queued_at
-        self.running: list[Sequence] = []  # in order of admission
+        self.running: dict[Sequence, None] = {}  # in order of admission; values unused
         self.preemptions = 0
-        self._loads: list[AdapterLoad] = []
-        self._held_since: dict[str, float] = {}
+        self._by_id: dict[int, Sequence] = {}  # waiting and running ones
+        self._places = Places(adapters)
 
     # --- the queue -----------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=lambda s: s.queued_at)
+        self._by_id[sequence.sequence_id] = sequence
+        self._queue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Take `sequence` out, wherever it is, and give back what it had."""
+        """Take `sequence` out, wherever it is, and give back what it had.
+
+        Its blocks may be taken at once even if a launched step still writes to them: every later
+        step comes after that one.
+        """
         sequence.finish_reason = reason
+        if self._by_id.pop(sequence.sequence_id, None) is None:
+            return
         if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
+            del self.running[sequence]
+        else:
             self.waiting.remove(sequence)
         self._give_back(sequence)
 
     def take_loads(self) -> list[AdapterLoad]:
         """Adapters to bring to the device, decided since the last call."""
-        loads, self._loads = self._loads, []
-        return loads
+        return self._places.take_loads()
 
     def loaded(self, digest: str) -> None:
         """An adapter has arrived on the device."""
@@ -86,41 +105,66 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step at time `now` (seconds). Empty when nothing can run yet."""
         self._rotate_for_the_impatient(now)
+        preemptions, size = self.preemptions, self.blocks.block_size
         budget = self.limits.max_num_batched_tokens
         scheduled: dict[Sequence, int] = {}
-        preemptions = self.preemptions
-        for sequence in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed > 1):
-            if self.preemptions != preemptions and sequence not in self.running:
-                continue  # preempted by one before it
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
-            if count:
-                budget -= count
-                scheduled[sequence] = count
+        todo = [(s, s.length - s.num_computed) for s in self.running if not s.ends_with_pending]
+        todo.sort(key=lambda item: item[1] > 1)  # decodes first
+        for sequence, missing in todo:
+            count = min(missing, budget)
+            if count == 0 or sequence not in self.running:
+                continue  # no budget, or preempted by one before it
+            budget -= count
+            scheduled[sequence] = count
+            if sequence.num_computed + count > len(sequence.blocks) * size:
                 budget += self._grow(sequence, count, scheduled)
+        room = self._places.room()
         if self.preemptions == preemptions:
-            self._admit_waiting(scheduled, budget, now)
-        rows = [self._row(sequence, count) for sequence, count in scheduled.items()]
-        return StepPlan(tuple(sorted(rows, key=lambda row: (row.members, row.sequence_id))))
+            self._admit_waiting(scheduled, budget, now, room)
+        for sequence in self.waiting[:PREFETCHED]:
+            self._hold_places(sequence, now, room)
+        rows = [make_row(sequence, count) for sequence, count in scheduled.items()]
+        rows.sort(key=_by_members)
+        return StepPlan(tuple(rows))
+
+    def launched(self, plan: StepPlan) -> None:
+        """The plan is on its way: what is planned from now on comes after it."""
+        for row in plan.rows:
+            sequence = self._by_id[row.sequence_id]
+            sequence.num_computed += len(row.token_ids)
+            if row.sample is not None:
+                sequence.num_pending += 1
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, Sampled]]:
-        """Book what was computed. Returns each sequence that chose a token, with the token."""
-        by_id = {sequence.sequence_id: sequence for sequence in self.running}
-        advanced = []
+        """Book what a launched step chose. Returns each sequence that got a token, with the token.
+
+        One that has ended meanwhile gets nothing. One that was preempted does: its token was chosen
+        as if nothing had happened.
+        """
+        size, advanced = self.blocks.block_size, []
         for row in plan.rows:
-            sequence = by_id.get(row.sequence_id)
+            sequence = self._by_id.get(row.sequence_id)
             if sequence is None:
-                continue  # cancelled while the step ran
-            before = sequence.num_computed // self.blocks.block_size
-            sequence.num_computed += len(row.token_ids)
-            self._remember(sequence, before)
-            if (sampled := result.sampled.get(row.sequence_id)) is not None:
+                continue
+            end = row.start + len(row.token_ids)
+            # Less is computed if it was preempted while the step ran; then the blocks are gone.
+            if row.start // size < end // size and sequence.num_computed >= end:
+                self._remember(sequence, row.start // size, end // size)
+            if row.sample is not None:
+                sampled = result.sampled[row.sequence_id]
                 sequence.tokens.append(sampled.token_id)
+                sequence.num_pending -= 1
                 advanced.append((sequence, sampled))
         return advanced
 
+    def alive_in(self, plan: StepPlan) -> list[Sequence]:
+        """The sequences of a plan that have not ended."""
+        found = (self._by_id.get(row.sequence_id) for row in plan.rows)
+        return [sequence for sequence in found if sequence is not None]
+
     def check_integrity(self) -> None:
         """With nothing queued, every block and place must be back."""
-        assert not self.has_work, "check_integrity needs an idle scheduler"
+        assert not self.has_work and not self._by_id, "check_integrity needs an idle scheduler"
         self.blocks.check_integrity()
         if self.adapters is not None:
             self.adapters.check_integrity()
@@ -136,38 +180,52 @@ class Scheduler:
         unused = 0
         while missing > 0 and sequence in scheduled:
             if (taken := self.blocks.take(missing)) is not None:
-                sequence.blocks += taken
+                sequence.set_blocks(sequence.blocks + taken)
                 break
-            victim = self.running[-1]
+            victim = next(reversed(self.running))
             unused += scheduled.pop(victim, 0)
             self._preempt(victim, victim.queued_at)
         return unused
 
     def _preempt(self, sequence: Sequence, queued_at: float) -> None:
         """Put a running sequence back into the queue; it will be computed again from the cache."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._give_back(sequence)
         sequence.num_computed = 0
         sequence.queued_at = queued_at
         self.preemptions += 1
-        self.add(sequence)
+        self._queue(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.queued_at)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
-        sequence.blocks = []
-        self._release_places(sequence)
+        sequence.set_blocks([])
+        self._places.release(sequence)
+
+    def _remember(self, sequence: Sequence, first: int, end: int) -> None:
+        """Publish the blocks [first, end), which a step has filled with known tokens."""
+        if not self.blocks.enable_prefix_caching:
+            return
+        sequence.update_keys(self.blocks.block_size)
+        for index in range(first, end):
+            self.blocks.remember(sequence.blocks[index], sequence.keys[index])
 
     # --- admission -----------------------------------------------------------------------------
 
-    def _admit_waiting(self, scheduled: dict[Sequence, int], budget: int, now: float) -> None:
-        no_place: set[tuple[str, ...]] = set()  # compositions already found without a place
+    def _admit_waiting(
+        self, scheduled: dict[Sequence, int], budget: int, now: float, room: Room
+    ) -> None:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
-            if sequence.elder is not None and not sequence.elder.prompt_is_computed:
+            if sequence.elder is not None and not sequence.elder.prompt_can_be_shared:
                 continue  # its prompt is being computed by the first answer of the request
-            if not self._hold_places(sequence, now, no_place):
+            if not self._hold_places(sequence, now, room):
                 continue
+            if sequence.num_pending:
+                continue  # preempted a moment ago; all its tokens will be known in the next step
             count = self._start(sequence, budget)
             if count == 0:
                 break  # no blocks: those behind must not overtake
@@ -185,7 +243,8 @@ class Scheduler:
         self.blocks.share(prefix)
         fresh = self.blocks.take(need)
         assert fresh is not None, "counted blocks are missing. This is a bug."
-        sequence.blocks = prefix + fresh
+        sequence.set_blocks(prefix + fresh)
+        sequence.members = self._places.members(sequence)
         sequence.num_computed = cached
         if not sequence.admitted_once:
             sequence.admitted_once = True
@@ -194,47 +253,25 @@ class Scheduler:
             self.blocks.hits += cached
         sequence.num_output_at_admission = sequence.num_output
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        self.running[sequence] = None
         return count
 
-    # --- places --------------------------------------------------------------------------------
-
-    def _hold_places(self, sequence: Sequence, now: float, no_place: set[tuple[str, ...]]) -> bool:
+    def _hold_places(self, sequence: Sequence, now: float, room: Room) -> bool:
         """Whether every adapter of `sequence` is resident; asks for those that are not."""
-        digests = sequence.digests
-        if not digests:
+        if not sequence.digests:
             return True
-        pool = self.adapters
-        assert pool is not None, "an adapter request without an adapter pool. This is a bug."
         if not sequence.held:
-            key = tuple(digests)
-            if key in no_place:
+            if not room.fits(sequence):
+                room.closed = room.closed or self._is_impatient(sequence, now)
                 return False
-            if not pool.can_hold(digests):
-                no_place.add(key)
-                return False
-            self._hold(sequence, now)
-        return all(pool.is_resident(digest) for digest in digests)
+            self._places.hold(sequence, now)
+            room.held.update(sequence.digests)
+        return self._places.are_resident(sequence)
 
-    def _hold(self, sequence: Sequence, now: float) -> None:
-        """Hold every adapter of `sequence`, asking for those that are not on the device."""
-        assert self.adapters is not None
-        for digest in sequence.digests:
-            ref = sequence.refs[digest]
-            self._held_since.setdefault(digest, now)
-            if (first_row := self.adapters.hold(digest, ref.max_r)) is not None:
-                self._loads.append(AdapterLoad(ref, first_row))
-        sequence.held = sequence.digests
+    # --- rotation ------------------------------------------------------------------------------
 
-    def _release_places(self, sequence: Sequence) -> None:
-        for digest in sequence.held:
-            assert self.adapters is not None
-            self.adapters.release(digest)
-        released, sequence.held = sequence.held, []
-        for digest in released:
-            assert self.adapters is not None
-            if not self.adapters.has_holder(digest):
-                self._held_since.pop(digest, None)
+    def _is_impatient(self, sequence: Sequence, now: float) -> bool:
+        return now - sequence.queued_at >= self.limits.adapter_patience_s
 
     def _rotate_for_the_impatient(self, now: float) -> None:
         """Give places to the oldest sequence that has waited too long for its adapters, if any.
@@ -243,77 +280,61 @@ class Scheduler:
         """
         if self.adapters is None:
             return
-        for sequence in self.waiting:
-            if now - sequence.queued_at < self.limits.adapter_patience_s:
+        room = self._places.room()
+        for index, sequence in enumerate(self.waiting):
+            if not self._is_impatient(sequence, now):
                 return  # and all behind it are younger
-            if sequence.held or self.adapters.can_hold(sequence.digests):
+            if sequence.held or room.fits(sequence):
                 continue
-            self._rotate(sequence, now)
+            self._rotate(sequence, self.waiting[:index], self.waiting[index + 1 :], now)
             if self.adapters.can_hold(sequence.digests):
-                self._hold(sequence, now)
+                self._places.hold(sequence, now)
             return
 
-    def _rotate(self, sequence: Sequence, now: float) -> None:
-        """Take places from the adapters that were held longest until `sequence` fits.
+    def _rotate(
+        self, sequence: Sequence, older: list[Sequence], younger: list[Sequence], now: float
+    ) -> None:
+        """Take places until `sequence` fits: from younger ones that wait, then from those held longest.
 
-        None goes before it had `adapter_patience_s` itself, nor before each of its sequences has
-        got a token further: else two of them could push each other out for ever.
+        None of the latter goes before it had `adapter_patience_s` itself, nor before each of its
+        sequences has got a token further, nor while only older ones wait for it: else two of them
+        could push each other out for ever.
         """
-        pool, patience = self.adapters, self.limits.adapter_patience_s
+        pool = self.adapters
         assert pool is not None
-        stuck = {d for s in self.waiting for d in s.held}
+        for other in reversed(younger):
+            if other.held:
+                self._places.release(other)
+                if pool.can_hold(sequence.digests):
+                    return
+        stuck = {d for s in older for d in s.held} - {d for s in self.running for d in s.held}
         stuck |= {d for s in self.running if not s.has_advanced for d in s.held}
-        turns = sorted(
-            (since, digest)
-            for digest, since in self._held_since.items()
-            if digest not in stuck and digest not in sequence.digests and now - since >= patience
-        )
-        for _, digest in turns:
+        stuck.update(sequence.digests)
+        for digest in self._places.held_before(now - self.limits.adapter_patience_s):
             if pool.can_hold(sequence.digests):
                 return
+            if digest in stuck:
+                continue
             for other in [s for s in self.running if digest in s.held]:
                 self._preempt(other, now)
-
-    # --- rows ----------------------------------------------------------------------------------
-
-    def _row(self, sequence: Sequence, count: int) -> Row:
-        start = sequence.num_computed
-        last = start + count == sequence.num_tokens
-        members: tuple[tuple[int, float], ...] = ()
-        if sequence.held:
-            assert self.adapters is not None
-            members = tuple((self.adapters.row_of(d), scale) for d, scale in sequence.composition)
-        return Row(
-            sequence_id=sequence.sequence_id,
-            token_ids=tuple(sequence.tokens[start : start + count]),
-            start=start,
-            block_table=tuple(sequence.blocks),
-            members=members,
-            sample=_sample_spec(sequence) if last else None,
-        )
-
-    def _remember(self, sequence: Sequence, first_block: int) -> None:
-        """Publish the blocks that this step filled."""
-        if not self.blocks.enable_prefix_caching:
-            return
-        sequence.update_keys(self.blocks.block_size)
-        for index in range(first_block, sequence.num_computed // self.blocks.block_size):
-            self.blocks.remember(sequence.blocks[index], sequence.keys[index])
+            for other in older:
+                if digest in other.held:
+                    self._places.release(other)
 
 
-def _sample_spec(sequence: Sequence) -> SampleSpec:
-    params = sequence.request.params
-    penalised = (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
+def _by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:
+    return row.members, row.sequence_id
+
+
+def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
+    """The scheduler of a resolved config."""
+    assert config.max_num_batched_tokens is not None
+    limits = SchedulerLimits(
+        config.max_num_seqs, config.max_num_batched_tokens, config.adapter_patience_s
     )
-    stop_ids = sequence.stop_ids if sequence.num_output < params.min_tokens else ()
-    return SampleSpec(
-        params=params,
-        seed=sequence.seed,
-        position=sequence.num_output,
-        stop_ids=stop_ids,
-        prompt_ids=tuple(sequence.tokens[: sequence.num_prompt]) if penalised else (),
-        output_ids=tuple(sequence.output_ids) if penalised else (),
+    blocks = BlockPool(
+        num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
     )
+    lora = config.lora
+    pool = AdapterPool(lora.max_loras, lora.max_lora_rank) if lora else None
+    return Scheduler(limits, blocks, pool)

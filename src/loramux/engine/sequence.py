@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from loramux.engine.blocks import BlockPool, chain_key, chain_root
@@ -14,6 +17,9 @@ class Sequence:
 
     There is no prefill phase and no decode phase: `num_computed` tokens have their keys and values
     in the cache, and the rest of `tokens` has to get there.
+
+    A launched step counts as computed, for what is launched later comes after it. Tokens that it
+    chooses are *pending* until its result has been read: they have a place and no value yet.
     """
 
     sequence_id: int
@@ -26,25 +32,38 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     num_prompt: int = 0
     num_computed: int = 0
+    num_pending: int = 0
+    max_length: int = 0  # prompt and answer never become longer
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # chain keys of the full blocks of `tokens`
-    held: list[str] = field(default_factory=list)  # digests held in the adapter pool
+    held: tuple[str, ...] = ()  # digests held in the adapter pool
     composition: Composition = ()
+    digests: tuple[str, ...] = ()
+    members: tuple[tuple[int, float], ...] = ()  # while it runs: first pool row, scale
     refs: dict[str, AdapterRef] = field(default_factory=dict)
     finish_reason: FinishReason | None = None
     admitted_once: bool = False
     num_output_at_admission: int = 0
+    _table: tuple[int, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        self.max_length = self.num_prompt + (self.request.params.max_tokens or sys.maxsize)
         self.composition = self.request.composition
+        self.digests = tuple(digest for digest, _ in self.composition)
         self.refs = {ref.digest: ref for ref, _ in self.request.adapters}
 
     @property
     def num_tokens(self) -> int:
+        """Tokens whose values are known."""
         return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens, pending ones included."""
+        return len(self.tokens) + self.num_pending
 
     @property
     def output_ids(self) -> list[int]:
@@ -57,15 +76,27 @@ class Sequence:
     @property
     def has_advanced(self) -> bool:
         """Whether it has chosen a token since it was last admitted."""
-        return self.num_output > self.num_output_at_admission
+        return self.num_output + self.num_pending > self.num_output_at_admission
 
     @property
-    def digests(self) -> list[str]:
-        return [digest for digest, _ in self.composition]
+    def ends_with_pending(self) -> bool:
+        """Whether the token on its way is the last one, whatever it is."""
+        return self.num_pending > 0 and self.length >= self.max_length
 
     @property
-    def prompt_is_computed(self) -> bool:
-        return self.num_computed >= self.num_prompt or self.finish_reason is not None
+    def prompt_can_be_shared(self) -> bool:
+        """Whether others find its prompt in the prefix cache, or need not wait for that."""
+        return self.num_output > 0 or self.finish_reason is not None
+
+    @property
+    def block_table(self) -> tuple[int, ...]:
+        """`blocks`, frozen: a step asks for it, and it changes once in `block_size` steps."""
+        if self._table is None:
+            self._table = tuple(self.blocks)
+        return self._table
+
+    def set_blocks(self, blocks: list[int]) -> None:
+        self.blocks, self._table = blocks, None
 
     def update_keys(self, block_size: int) -> None:
         """Extend the chain to every full block of `tokens`."""
@@ -81,3 +112,22 @@ class Sequence:
         self.update_keys(pool.block_size)
         usable = (len(self.tokens) - 1) // pool.block_size
         return pool.match(self.keys[:usable])
+
+
+def answers_of(request: Request, seeds: random.Random, ids: Iterator[int]) -> list[Sequence]:
+    """The n answers of a request, which brings a seed or is given one."""
+    seed = request.params.seed
+    base = seeds.getrandbits(48) if seed is None else seed
+    answers: list[Sequence] = []
+    for index in range(request.params.n):
+        answers.append(
+            Sequence(
+                sequence_id=next(ids),
+                request=request,
+                index=index,
+                seed=base + index,
+                queued_at=request.arrival_s,
+                elder=answers[0] if answers else None,
+            )
+        )
+    return answers

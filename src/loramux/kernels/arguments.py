@@ -171,4 +171,8 @@ class AttentionBatch:
     context_lens_tensor: torch.Tensor
     """[Q] int32: `context_lens` on the ops' device."""
 
+    max_queries: int = 0
+    """No sequence has more query rows than this; 0: look at `query_starts`. A captured graph keeps
+    the bound that it was captured with."""
+
     notes: dict[str, Any] = field(default_factory=dict, repr=False)

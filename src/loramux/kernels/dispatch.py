@@ -129,6 +129,12 @@ def backend(device: torch.device) -> Backend:
         except ImportError:
             return reference
         return cpu
+    if device.type == "cuda":
+        try:
+            from loramux.kernels import cuda
+        except ImportError:  # no Triton
+            return reference
+        return cuda
     return reference
 
 
@@ -250,3 +256,10 @@ def rope_kv(
 def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """`ids` [T] int32, or where `sources` [T] int32 >= 0 chosen[source] (int64) -> [T] int64."""
     return backend(ids.device).take_tokens(ids, sources, chosen)
+
+
+def shrink_parts(tokens: int, features: int, chunks: int) -> int:
+    """P of the `h` that `lora_shrink` fills fastest for so many tokens, features and chunks."""
+    if tokens > 512:
+        return 1
+    return max(1, min(16, features // 512 if chunks < 64 else features // 1024))

@@ -98,7 +98,8 @@ def _expanded(expand: Expand, like: torch.Tensor) -> tuple[torch.Tensor, torch.T
     for first, end, p, column, scale in _members(expand.work):
         touched[first:end] = True
         for s in range(count):
-            r = ranks[s][p]
+            if (r := ranks[s][p]) == 0:
+                continue
             lo, hi = site.slice_starts[s], site.slice_starts[s + 1]
             start, stop = column * count + s, (column + r) * count
             h = expand.h[:, first:end, start:stop:count].to(wide).sum(0)  # [t, r]
@@ -273,7 +274,8 @@ def rope_kv(
     kv_heads, size = k_cache.shape[2], k_cache.shape[3]
     whole = _with_expand(qkv, expand).to(qkv.dtype)  # [T, (H + 2 Hkv) D]
     rows = whole.view(-1, heads + 2 * kv_heads, size)  # [T, H + 2 Hkv, D]
-    q, k, v = (t.contiguous() for t in rows.split([heads, kv_heads, kv_heads], dim=1))
+    q, k = rows[:, :heads].clone(), rows[:, heads : heads + kv_heads].clone()
+    v = rows[:, heads + kv_heads :]  # [T, Hkv, D]
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps, mode), rms_norm(k, norms[1], eps, mode)
     half = table.shape[1] // 2

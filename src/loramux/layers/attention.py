@@ -10,6 +10,9 @@ from loramux.errors import UnsupportedModel
 from loramux.kernels import paged_attention, write_kv
 from loramux.layers.batch import StepBatch
 
+AttentionKind = tuple[float, int, float]
+"""(scaling, window, softcap) of a layer's attention; 0 switches window and softcap off."""
+
 
 class PagedAttention:
     """One layer's part of the cache: K [blocks, block_size, Hkv, D] and V [..., Dv]."""
@@ -18,17 +21,34 @@ class PagedAttention:
         self.layer = layer
         self.key_shape: tuple[int, int] | None = None  # (Hkv, D), seen in the probe
         self.value_shape: tuple[int, int] | None = None
+        self.kind: AttentionKind = (0.0, 0, 0.0)  # seen in the probe
+        self.num_heads = 0  # likewise
+        self.k_cache: torch.Tensor | None = None
+        self.v_cache: torch.Tensor | None = None
         self._batch = batch
-        self._k_cache: torch.Tensor | None = None
-        self._v_cache: torch.Tensor | None = None
 
     def allocate(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: str) -> None:
         """Make the cache. On a CPU memory is only taken as blocks are first written."""
+        # Unwritten blocks may hold NaN, which a masked product on a GPU would spread.
+        make = torch.zeros if torch.device(device).type == "cuda" else torch.empty
         assert self.key_shape is not None and self.value_shape is not None, "probe first"
         keys = (num_blocks, block_size, *self.key_shape)
         values = (num_blocks, block_size, *self.value_shape)
-        self._k_cache = torch.empty(keys, dtype=dtype, device=device)
-        self._v_cache = torch.empty(values, dtype=dtype, device=device)
+        self.k_cache = make(keys, dtype=dtype, device=device)
+        self.v_cache = make(values, dtype=dtype, device=device)
+
+    def free(self) -> None:
+        """Give the cache back."""
+        self.k_cache = self.v_cache = None
+
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """q [T, H, D] over what the cache holds of the step's sequences -> [T, H, Dv]."""
+        attention = self._batch.attention
+        if self.k_cache is None or self.v_cache is None:
+            return q.new_zeros(q.shape[0], q.shape[1], self.value_shape[1])  # type: ignore[index]
+        assert attention is not None, "attention outside a step. This is a bug."
+        scaling, window, softcap = self.kind
+        return paged_attention(q, self.k_cache, self.v_cache, attention, scaling, window, softcap)
 
     def __call__(
         self,
@@ -41,15 +61,16 @@ class PagedAttention:
     ) -> torch.Tensor:
         """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, Dv]."""
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, H, D]
-        if self._k_cache is None or self._v_cache is None:
+        if self.k_cache is None or self.v_cache is None:
+            self.kind = (scaling, window, softcap)
             return self._probe(q, k, v)
         slots, attention = self._batch.slots, self._batch.attention
         assert slots is not None and attention is not None, (
             "attention outside a step. This is a bug."
         )
-        write_kv(k, v, self._k_cache, self._v_cache, slots)
+        write_kv(k, v, self.k_cache, self.v_cache, slots)
         out = paged_attention(
-            q, self._k_cache, self._v_cache, attention, scaling, window=window, softcap=softcap
+            q, self.k_cache, self.v_cache, attention, scaling, window=window, softcap=softcap
         )  # [T, H, Dv]
         return out.unsqueeze(0)  # [1, T, H, Dv]
 
@@ -57,6 +78,7 @@ class PagedAttention:
         """Before there is a cache: learn the shapes; the values do not matter."""
         self.key_shape = (k.shape[1], k.shape[2])
         self.value_shape = (v.shape[1], v.shape[2])
+        self.num_heads = q.shape[1]
         return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2])  # [1, T, H, Dv]
 
 

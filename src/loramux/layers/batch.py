@@ -10,20 +10,41 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux.kernels import AttentionBatch, Segments
+from loramux.kernels import AttentionBatch, Segments, WorkList
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoRAStep:
+    """How a GPU step adds its adapters' deltas; the same for every layer."""
+
+    work: WorkList
+
+    base_rows: int
+    """Pool rows whose A stands in this step's base product, which then shrinks for free; 0: a kernel
+    of its own shrinks the rows of the adapters that are there, and only those."""
+
+    width: int = 0
+    """Columns of shrunk activations a slice needs, if a kernel of its own makes them."""
+
+    stream: torch.cuda.Stream | None = None
+    """Where that kernel runs beside the base product; None: before it."""
 
 
 @dataclass(slots=True)
 class StepBatch:
     """The step that runs now; all fields are None between steps.
 
-    `slots` [T] int64 says where each token's K and V go (block * block_size + offset), `attention`
-    which rows see which blocks, `segments` which tokens take which adapters (None: no adapter).
+    `slots` [T] (int64 on a CPU, int32 on a GPU) says where each token's K and V go (block *
+    block_size + offset; -1: nowhere), `positions` [T] int32 where it stands in its sequence,
+    `attention` which rows see which blocks. Which tokens take which adapters is in `segments` on a
+    CPU and in `lora` on a GPU (None: no adapter).
     """
 
     slots: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     attention: AttentionBatch | None = None
     segments: Segments | None = None
+    lora: LoRAStep | None = None
 
     def clear(self) -> None:
-        self.slots = self.attention = self.segments = None
+        self.slots = self.positions = self.attention = self.segments = self.lora = None

@@ -16,8 +16,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from loramux.kernels import LoRASite, PackedLinear, lora_delta
-from loramux.layers.batch import StepBatch
+from loramux.kernels import (
+    Expand,
+    LoRASite,
+    PackedLinear,
+    lora_delta,
+    lora_expand,
+    lora_shrink,
+    shrink_parts,
+)
+from loramux.layers.batch import LoRAStep, StepBatch
+
+ROW_STEP = 16  # the pool's rows come in these, so that every base product keeps aligned rows
 
 
 class MergedLinear:
@@ -42,6 +52,8 @@ class MergedLinear:
         )
         self._batch = batch
         self._packed: PackedLinear | None = None
+        self._stacked: torch.Tensor | None = None  # [N + S R, K]: weight, and A of the pool
+        self._stacked_bias: torch.Tensor | None = None  # [N + S R]
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
         self._remaining = 0
@@ -49,6 +61,20 @@ class MergedLinear:
     @property
     def num_slices(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def extends_product(self) -> bool:
+        """Whether pool rows can be taken along in the base product."""
+        return self._stacked is not None
+
+    def product_weight(self, rows: int) -> torch.Tensor:
+        """The weight with the first `rows` pool rows under it [N + S rows, K]."""
+        assert self._stacked is not None
+        return self._stacked[: self.out_features + self.num_slices * rows]
+
+    @property
+    def pool_rows(self) -> int:
+        return 0 if self.site is None else self.site.a.shape[1]
 
     @property
     def out_features(self) -> int:
@@ -70,16 +96,36 @@ class MergedLinear:
             linear.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
         return linear
 
-    def attach_site(self, rows: int, dtype: torch.dtype) -> None:
-        """Give this layer its part of the adapter pool: `rows` rank rows in `dtype`."""
+    def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
+        """Give this layer its part of the adapter pool: at least `rows` rank rows in `dtype`.
+
+        With `under_weight` A stands under the base weight, of the same dtype, row k of slice s at
+        k * S + s: any first rows of the pool then extend the base product.
+        """
         slices, device = self.num_slices, self.device
+        rows += -rows % ROW_STEP
+        if under_weight:
+            a = self._stack_under(rows)  # [S, R, K]
+        else:
+            a = torch.zeros(slices, rows, self.in_features, dtype=dtype, device=device)
         self.site = LoRASite(
-            a=torch.zeros(slices, rows, self.in_features, dtype=dtype, device=device),
+            a=a,
             b=torch.zeros(rows, self.out_features, dtype=dtype, device=device),
             slice_starts=tuple(self.starts),
             row_r=torch.zeros(slices, rows, dtype=torch.int32, device=device),
             row_scale=torch.zeros(slices, rows, dtype=torch.float32, device=device),
         )
+
+    def _stack_under(self, rows: int) -> torch.Tensor:
+        """Move the weight into one with room for the pool below it; that room as [S, R, K]."""
+        assert self.weight is not None
+        slices, width = self.num_slices, self.out_features
+        stacked = self.weight.new_zeros(width + slices * rows, self.in_features)  # [N + S R, K]
+        stacked[:width] = self.weight
+        self.weight, self._stacked = stacked[:width], stacked
+        if self.bias is not None:
+            self._stacked_bias = torch.cat((self.bias, self.bias.new_zeros(slices * rows)))
+        return stacked[width:].view(rows, slices, self.in_features).transpose(0, 1)  # [S, R, K]
 
     @property
     def device(self) -> torch.device:
@@ -100,17 +146,50 @@ class MergedLinear:
         return output[..., self.starts[index] : self.starts[index + 1]]
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        y, expand = self.project(x.reshape(-1, self.in_features))  # [T, N]
+        if expand is not None:
+            lora_expand(y, expand)
+        return y.view(*x.shape[:-1], self.out_features)  # [..., N]
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
+        """x [T, K] -> y [T, N] (any row stride), and the LoRA delta that is still to be added."""
         self.computations += 1
-        flat = x.reshape(-1, self.in_features)  # [T, K]
         if self._packed is not None:
-            y = self._packed(flat)  # [T, N]
+            y = self._packed(x)  # [T, N]
         else:
+            lora = self._batch.lora
+            if lora is not None and self.site is not None:
+                return self._project_with(x, lora, self.site)
             assert self.weight is not None
-            y = nn.functional.linear(flat, self.weight, self.bias)  # [T, N]
+            y = nn.functional.linear(x, self.weight, self.bias)  # [T, N]
         segments = self._batch.segments
         if segments is not None and self.site is not None:
-            lora_delta(y, flat, self.site, segments)
-        return y.view(*x.shape[:-1], self.out_features)  # [..., N]
+            lora_delta(y, x, self.site, segments)
+        return y, None
+
+    def _project_with(
+        self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
+    ) -> tuple[torch.Tensor, Expand]:
+        width = self.out_features
+        if lora.base_rows and self._stacked is not None:
+            end = width + self.num_slices * lora.base_rows
+            bias = None if self._stacked_bias is None else self._stacked_bias[:end]
+            z = nn.functional.linear(x, self._stacked[:end], bias)  # [T, N + S R']
+            return z[:, :width], Expand(site, z[:, width:].unsqueeze(0), lora.work)
+        parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
+        h = x.new_empty(parts, x.shape[0], lora.width * self.num_slices, dtype=torch.float32)
+        assert self.weight is not None
+        if lora.stream is None:
+            lora_shrink(x, site, lora.work, h)
+            y = nn.functional.linear(x, self.weight, self.bias)  # [T, N]
+        else:
+            main = torch.cuda.current_stream(x.device)
+            lora.stream.wait_stream(main)
+            with torch.cuda.stream(lora.stream):
+                lora_shrink(x, site, lora.work, h)
+            y = nn.functional.linear(x, self.weight, self.bias)  # [T, N]
+            main.wait_stream(lora.stream)
+        return y, Expand(site, h, lora.work)
 
 
 class LinearSlice(nn.Module):

@@ -20,6 +20,7 @@ from loramux.errors import LoramuxError, UnsupportedModel
 from loramux.layers.attention import PagedAttention, attention_function
 from loramux.layers.batch import StepBatch
 from loramux.layers.linear import LinearSlice, MergedLinear
+from loramux.models.layers import FusedDecoder
 from loramux.models.norms import fuse_norms
 from loramux.schema import ModelSchema, ModuleSpec
 
@@ -46,6 +47,7 @@ class Attached:
     schema: ModelSchema
     head: MergedLinear | None = None
     names: dict[str, tuple[MergedLinear, int]] = field(default_factory=dict)
+    decoder: FusedDecoder | None = None  # what runs instead of the model's own forward
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from loramux.config import EngineConfig, ModelFacts
 from loramux.errors import ConfigError, UnsupportedModel
 from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
+from loramux.models.fuse import fuse
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +54,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = pick_device(config.device)
     hf_config = read_config(config.model, config.revision)
     positions, reason = _max_positions(hf_config)
-    model = _from_pretrained(config, hf_config)
-    model.to(device)
+    if config.load_format == "dummy":
+        model = _random(config, hf_config, device)
+    else:
+        model = _from_pretrained(config, hf_config)
+        model.to(device)
     model.eval().requires_grad_(False)
     attached = attach(model, config.lora)
+    attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
     facts = ModelFacts(
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
@@ -119,6 +124,7 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             output_loading_info=True,
+            use_safetensors=True if config.load_format == "safetensors" else None,
         )
     except OSError as error:
         raise ConfigError(
@@ -133,6 +139,37 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
             f"the checkpoint {config.model!r} lacks {len(missing)} weights, {missing[0]} among them",
             field="model",
         )
+    return model
+
+
+def _random(config: EngineConfig, hf_config: PreTrainedConfig, device: str) -> PreTrainedModel:
+    """A model of this geometry with random weights, made on the device itself."""
+    register_attention()
+    declared = getattr(hf_config, "dtype", None) or torch.float32
+    dtype = declared if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=ATTENTION_NAME, dtype=dtype
+            )
+    except (ValueError, KeyError) as error:
+        raise _cannot_enter(config, hf_config, error) from error
+    rotary = {
+        name: type(module)(config=hf_config.get_text_config())
+        for name, module in model.named_modules()
+        if name.endswith("rotary_emb")
+    }
+    model.to_empty(device=device)
+    for name, module in rotary.items():  # its frequencies are computed, never read
+        model.set_submodule(name, module.to(device))
+    generator = torch.Generator(device).manual_seed(config.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0 if name.endswith("bias") else 1)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+    model.tie_weights()
     return model
 
 

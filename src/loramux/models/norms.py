@@ -59,7 +59,7 @@ def _looks_like_one(module: nn.Module) -> bool:
         type(module).__name__.endswith("RMSNorm")
         and [name for name, _ in module.named_parameters()] == ["weight"]
         and _weight(module).ndim == 1
-        and _weight(module).device.type == "cpu"
+        and _weight(module).device.type != "meta"
         and _eps(module) > 0
     )
 
@@ -85,7 +85,7 @@ def _agreeing_mode(module: nn.Module) -> NormMode | None:
     generator = torch.Generator().manual_seed(0)
     kept = weight.detach().clone()
     weight.copy_(torch.randn(weight.shape, generator=generator))  # else ones hide the mode
-    x = torch.randn(5, weight.shape[0], generator=generator).to(weight.dtype) * 3  # [5, D]
+    x = torch.randn(5, weight.shape[0], generator=generator).to(weight) * 3  # [5, D]
     try:
         expected = module(x).float()  # [5, D]
         for mode in MODES:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loramux.errors import ConfigError, InvalidField
 
 REPLACEMENT = "\ufffd"
+CONTEXT = 6  # tokens before a piece that may change how it is written
+MAX_HELD = 8  # tokens without text; then what there is counts as text
 
 
 class TextProcessor:
@@ -42,6 +46,12 @@ class TextProcessor:
     def eos_token_id(self) -> int | None:
         value = self.tokenizer.eos_token_id
         return value if isinstance(value, int) else None
+
+    @property
+    def backend(self) -> Tokenizer | None:
+        """The tokenizer of the `tokenizers` library underneath, if it is one."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend if isinstance(backend, Tokenizer) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -99,10 +109,11 @@ def _read_template(value: str | None) -> str | None:
 
 
 class Detokenizer:
-    """Text of one answer as its tokens arrive.
+    """Text of one answer as its tokens arrive; "" while a character is incomplete.
 
-    A token may hold half a character, and some tokenizers join neighbours differently, so each new
-    piece is the difference of two decodings of the same short window.
+    The last prompt tokens are the context of the first piece: some tokenizers join neighbours
+    differently. Tokenizers of the `tokenizers` library stream by themselves. Where such a stream
+    finds no end, or there is none, two decodings of a short window are compared.
     """
 
     def __init__(
@@ -110,28 +121,73 @@ class Detokenizer:
     ):
         self._text = text
         self._skip = skip_special_tokens
-        self._window = list(prompt_ids[-6:])
-        self._stable = len(self._window)  # tokens of the window whose text has been given out
-        self._given = self._decode(self._window)
+        self._recent = list(prompt_ids[-CONTEXT:])  # given out, or part of the prompt
+        self._held: list[int] = []  # tokens whose text has not been given out
+        self._stream: DecodeStream | None = None
+        self._window: _Window | None = None
+        self._backend = text.backend
+        # A stream gives its context out if that ends within a character.
+        if self._backend is None or self._decode(self._recent).endswith(REPLACEMENT):
+            self._use_window()
+        else:
+            self._stream = DecodeStream(ids=self._recent, skip_special_tokens=skip_special_tokens)
 
     def add(self, token_id: int) -> str:
-        """The text that `token_id` adds; "" while a character is incomplete."""
-        self._window.append(token_id)
-        full = self._decode(self._window)
-        if full.endswith(REPLACEMENT) and len(self._window) - self._stable < 8:
+        """The text that `token_id` adds."""
+        if self._window is not None:
+            return self._window.add(token_id)
+        assert self._stream is not None and self._backend is not None
+        self._held.append(token_id)
+        try:
+            piece = self._stream.step(self._backend, token_id)
+        except Exception:  # the decoder changed text that was given out; it has no type of its own
+            return self._use_window()
+        if piece is None:
+            return self._use_window() if len(self._held) >= MAX_HELD else ""
+        self._recent = (self._recent + self._held)[-CONTEXT:]
+        self._held.clear()
+        return str(piece)
+
+    def flush(self) -> str:
+        """What is left of an incomplete character when the answer ends."""
+        if self._window is None and not self._held:
+            return ""
+        pieces = self._use_window() if self._window is None else ""
+        assert self._window is not None
+        return pieces + self._window.flush()
+
+    def _use_window(self) -> str:
+        """Go on without the stream; the text of what it held."""
+        self._window = _Window(self._decode, self._recent)
+        return "".join([self._window.add(token) for token in self._held])
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._text.decode(token_ids, skip_special_tokens=self._skip)
+
+
+class _Window:
+    """Each piece is the difference of two decodings of the last tokens."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]):
+        self._decode = decode
+        self._tokens = list(context)
+        self._stable = len(self._tokens)  # tokens of the window whose text has been given out
+        self._given = self._decode(self._tokens)
+
+    def add(self, token_id: int) -> str:
+        self._tokens.append(token_id)
+        full = self._decode(self._tokens)
+        if full.endswith(REPLACEMENT) and len(self._tokens) - self._stable < MAX_HELD:
             return ""
         return self._advance(full)
 
     def flush(self) -> str:
-        """What is left of an incomplete character when the answer ends."""
-        return self._advance(self._decode(self._window))
+        return self._advance(self._decode(self._tokens))
 
     def _advance(self, full: str) -> str:
         piece = full[len(self._given) :]
-        self._window = self._window[-6:] if len(self._window) > 24 else self._window
-        self._given = self._decode(self._window) if len(self._window) == 6 else full
-        self._stable = len(self._window)
+        if len(self._tokens) > 4 * CONTEXT:
+            self._tokens = self._tokens[-CONTEXT:]
+            full = self._decode(self._tokens)
+        self._given, self._stable = full, len(self._tokens)
         return piece
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._text.decode(token_ids, skip_special_tokens=self._skip)

@@ -1,0 +1,151 @@
+"""The runner for CPUs: a step is done when its launch returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from loramux.config import EngineConfig, ModelFacts
+from loramux.engine.plan import PENDING, Row, SampleSpec, StepPlan, StepResult
+from loramux.engine.runner import Finished, Runner
+from loramux.engine.sampler import sample
+from loramux.kernels import AttentionBatch, Segments
+from loramux.models.attach import Attached
+
+
+class CpuRunner(Runner):
+    """Weights in the order that the CPU's matrix products like best, steps in the caller's thread."""
+
+    def __init__(self, attached: Attached, config: EngineConfig, facts: ModelFacts):
+        super().__init__(attached, config, facts)
+        self._chosen: dict[int, int] = {}  # of the step before, sequence -> token
+        self._pack()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Finished:
+        self._fill_batch(plan)
+        try:
+            logits = self._forward(plan.rows)  # [B, V]
+        finally:
+            self.attached.batch.clear()
+        rows = [row for row in plan.rows if row.sample is not None]
+        specs = [self._known(row.sequence_id, row.sample) for row in rows if row.sample]
+        chosen = sample(logits, specs)
+        result = {row.sequence_id: s for row, s in zip(rows, chosen, strict=True)}
+        self._chosen = {sequence: s.token_id for sequence, s in result.items()}
+        return Finished(StepResult(result))
+
+    def _known(self, sequence: int, spec: SampleSpec) -> SampleSpec:
+        """The spec with its pending token among the others."""
+        if not spec.pending:
+            return spec
+        output = (*spec.output_ids, self._chosen[sequence]) if _counts_tokens(spec) else ()
+        return dataclasses.replace(spec, output_ids=output, pending=False)
+
+    def _pack(self) -> None:
+        """Reorder every weight for the CPU's matrix products, one after the other."""
+        seen = {id(merged): merged for merged, _ in self.attached.names.values()}
+        for merged in seen.values():
+            merged.pack()
+        for module in self.attached.model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                # The last that points into the mapped checkpoint, whose pages count as ours.
+                module.weight.data = module.weight.data.clone()
+
+    def _fill_batch(self, plan: StepPlan) -> None:
+        batch = self.attached.batch
+        batch.slots = self._slots(plan.rows)  # [T]
+        batch.attention = self._attention(plan.rows)
+        batch.segments = self._segments(plan.rows)
+
+    def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [B, V] of the last token of each row that samples."""
+        ids: list[int] = []
+        for row in rows:
+            ids += row.token_ids
+            if ids[-1] == PENDING:
+                ids[-1] = self._chosen[row.sequence_id]
+        positions = [p for row in rows for p in range(row.start, row.start + len(row.token_ids))]
+        keep, end = [], 0
+        for row in rows:
+            end += len(row.token_ids)
+            if row.sample is not None:
+                keep.append(end - 1)
+        if self.decoder is not None:
+            self.attached.batch.positions = self._tensor(positions, torch.int32)  # [T]
+            return self.decoder.forward(self._tensor(ids), self._tensor(keep))  # [B, V]
+        output = self.attached.model(
+            input_ids=self._tensor([ids]),  # [1, T]
+            position_ids=self._tensor([positions]),  # [1, T]
+            use_cache=False,
+            logits_to_keep=self._tensor(keep),  # [B]
+        )
+        logits: torch.Tensor = output.logits
+        return logits[0]  # [B, V]
+
+    def _tensor(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+    def _slots(self, rows: Sequence[Row]) -> torch.Tensor:
+        size = self.block_size
+        return self._tensor(
+            [
+                row.block_table[p // size] * size + p % size
+                for row in rows
+                for p in range(row.start, row.start + len(row.token_ids))
+            ]
+        )  # [T]
+
+    def _attention(self, rows: Sequence[Row]) -> AttentionBatch:
+        width = max(len(row.block_table) for row in rows)
+        tables = [row.block_table + (0,) * (width - len(row.block_table)) for row in rows]
+        starts, contexts = [0], []
+        for row in rows:
+            starts.append(starts[-1] + len(row.token_ids))
+            contexts.append(row.start + len(row.token_ids))
+        return AttentionBatch(
+            block_tables=self._tensor(tables, torch.int32),  # [Q, blocks]
+            query_starts=starts,
+            query_starts_tensor=self._tensor(starts, torch.int32),  # [Q+1]
+            context_lens=contexts,
+            context_lens_tensor=self._tensor(contexts, torch.int32),  # [Q]
+        )
+
+    def _segments(self, rows: Sequence[Row]) -> Segments | None:
+        """Runs of tokens with equal members; None when no row has an adapter."""
+        runs: list[tuple[int, int, tuple[tuple[int, float], ...]]] = []
+        token = 0
+        for row in rows:
+            end = token + len(row.token_ids)
+            if row.members:
+                if runs and runs[-1][1] == token and runs[-1][2] == row.members:
+                    runs[-1] = (runs[-1][0], end, row.members)
+                else:
+                    runs.append((token, end, row.members))
+            token = end
+        if not runs:
+            return None
+        offsets = [0]
+        for _, _, members in runs:
+            offsets.append(offsets[-1] + len(members))
+        flat = [member for _, _, members in runs for member in members]
+        return Segments(
+            starts=self._tensor([run[0] for run in runs], torch.int32),  # [G]
+            ends=self._tensor([run[1] for run in runs], torch.int32),  # [G]
+            member_offsets=self._tensor(offsets, torch.int32),  # [G+1]
+            member_rows=self._tensor([row for row, _ in flat], torch.int32),  # [M]
+            member_scales=self._tensor([scale for _, scale in flat], torch.float32),  # [M]
+            num_segments=len(runs),
+        )
+
+
+def _counts_tokens(spec: SampleSpec) -> bool:
+    """Whether a penalty looks at the tokens so far."""
+    params = spec.params
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )

@@ -1,0 +1,127 @@
+"""Adapters from host memory to a GPU while the steps go on: nothing here waits for their stream.
+
+    host buffer ──> pinned ring ──> staging ──────> scatter ──────> event
+       (memcpy)        (copy engine)     (one kernel, after the step launched last)
+    └─ this thread ─┘└──────────── a stream of its own ───────────┘
+
+Only the thread that loads waits, and for that event alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from loramux.adapters.weights import AdapterWeights
+from loramux.engine.plan import AdapterLoad
+from loramux.errors import AdapterLoadFailed
+from loramux.kernels import LoRASite
+from loramux.kernels.triton_scatter import ScatterTable, SliceSource, scatter
+from loramux.schema import ModelSchema
+
+CHUNK_BYTES = 4 << 20  # small, so that the copy engine starts soon; large enough to keep it busy
+CHUNKS = 8
+STAGING_STEP = 32 << 20  # staging grows in these, so that similar adapters share one
+TABLE_ALIGNMENT = 128
+
+
+class DeviceLoader:
+    """Writes adapters into the rank rows of `sites`, whose tensors must stay where they are."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        sites: Sequence[LoRASite],
+        schema: ModelSchema,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        chunks: int = CHUNKS,
+    ):
+        self._device = device
+        self._modules = {m.name: (m.site, m.slice_index) for m in schema.modules.values()}
+        self._table = ScatterTable(sites)
+        self._ring = torch.empty(chunks, chunk_bytes, dtype=torch.uint8, pin_memory=True)
+        self._turn = 0
+        self._staging: torch.Tensor | None = None  # [bytes] uint8
+        self._lock = threading.Lock()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)
+            # Waiting on them puts the thread to sleep: it would spin beside the step loop's.
+            self._free = [torch.cuda.Event(blocking=True) for _ in range(chunks)]
+            self._done = torch.cuda.Event(blocking=True)
+            self._prepare()
+
+    @torch.inference_mode()
+    def load(
+        self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None = None
+    ) -> None:
+        """Write `weights` into the rows of `load`; they are there when this returns.
+
+        `after` is the event of the step launched last, which may still read what stood there.
+        Raises AdapterLoadFailed when the GPU has no memory for it.
+        """
+        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            try:
+                self._queue(load, weights, after)
+            except torch.OutOfMemoryError as error:
+                raise AdapterLoadFailed(
+                    f"there is not enough GPU memory to load adapter {load.ref.name!r}",
+                    remedy="lower gpu_memory_utilization to leave more of it free",
+                ) from error
+            self._done.record(self._stream)
+            self._done.synchronize()
+
+    def _queue(
+        self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None
+    ) -> None:
+        size = weights.buffer.numel()
+        table_at = -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
+        staging = self._reserve(table_at + self._table.num_bytes)  # [bytes]
+        self._send(weights.buffer, staging, 0)
+        work = self._table.fill(
+            self._sources(weights), staging.data_ptr(), load.first_row, load.ref.max_r
+        )
+        self._send(work.table.view(torch.uint8).view(-1), staging, table_at)
+        if after is not None:
+            self._stream.wait_event(after)
+        table = staging[table_at : table_at + self._table.num_bytes].view(torch.int64)
+        scatter(work, table.view(work.table.shape))  # [E, COLUMNS]
+
+    def _sources(self, weights: AdapterWeights) -> dict[tuple[int, int], SliceSource]:
+        return {
+            self._modules[name]: SliceSource(
+                pair.a.offset, pair.a.dtype, pair.b.offset, pair.b.dtype, pair.a.rows, pair.scale
+            )
+            for name, pair in weights.layout.pairs.items()
+        }
+
+    def _send(self, host: torch.Tensor, staging: torch.Tensor, at: int) -> None:
+        """Copy `host` [bytes] to staging[at:], a chunk at a time; the last ones are on their way."""
+        for start in range(0, host.numel(), self._ring.shape[1]):
+            part = host[start : start + self._ring.shape[1]]  # [chunk_bytes] or fewer
+            turn, self._turn = self._turn, (self._turn + 1) % len(self._free)
+            self._free[turn].synchronize()
+            pinned = self._ring[turn, : part.numel()]
+            pinned.copy_(part)
+            place = at + start
+            staging[place : place + part.numel()].copy_(pinned, non_blocking=True)
+            self._free[turn].record(self._stream)
+
+    def _reserve(self, size: int) -> torch.Tensor:
+        """Staging memory of this stream, which nothing uses: a load waits for its own end."""
+        if self._staging is None or self._staging.numel() < size:
+            self._staging = None  # the old one first: the allocator may make it part of the new
+            rounded = -(-size // STAGING_STEP) * STAGING_STEP
+            self._staging = torch.empty(rounded, dtype=torch.uint8, device=self._device)
+        return self._staging
+
+    def _prepare(self) -> None:
+        """Compile the kernel, which takes seconds, and wait for the zeros of the pool."""
+        work = self._table.fill({}, 0, 0, 0)
+        table = work.table.to(self._device)  # [E, COLUMNS]: no rows at all
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            scatter(work, table)
+        self._stream.synchronize()

@@ -1,0 +1,373 @@
+"""The runner for GPUs: packed steps, captured decode graphs, results read a step later.
+
+    fill a host buffer ── plan attention ── one copy ── replay or run ── choose tokens ── copy back
+          (host)             (host)          └────────────── one stream, nobody waits ─────────┘
+
+It runs on any device without graphs, which is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loramux.adapters.weights import AdapterWeights
+from loramux.config import EngineConfig, ModelFacts
+from loramux.engine.attention_plans import make_planner
+from loramux.engine.graphs import (
+    Captured,
+    DecodeGraphs,
+    GraphKey,
+    StepOutput,
+    active_buckets,
+    graph_sizes,
+)
+from loramux.engine.lora_choice import LoRAChoice, LoRAChooser, row_buckets
+from loramux.engine.packing import Capacity, PackedStep, Run, StepShape, fill, runs_of
+from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
+from loramux.engine.runner import Runner
+from loramux.engine.sampler import Choice, Sampler
+from loramux.engine.tuning import load_costs
+from loramux.kernels import AttentionBatch, WorkList, take_tokens
+from loramux.layers.batch import LoRAStep
+from loramux.models.attach import Attached
+
+logger = logging.getLogger(__name__)
+
+DECODE_CHUNK = 16  # rows that a LoRA program takes together
+PREFILL_CHUNK = 64
+MANY_TOKENS = 512  # from here on chunks are large: B is read once a chunk
+
+
+@dataclass(slots=True)
+class GpuRunning:
+    """A launched step whose tokens are on their way to the host."""
+
+    rows: list[Row]
+    choice: Choice
+
+    def read(self) -> StepResult:
+        """Wait for this step, and for no other."""
+        sampled = self.choice.read()
+        ids = (row.sequence_id for row in self.rows)
+        return StepResult(dict(zip(ids, sampled, strict=True)))
+
+
+class GpuRunner(Runner):
+    """`launch` only queues work; the thread that calls it never waits for the device."""
+
+    extends_products = True
+
+    def __init__(self, attached: Attached, config: EngineConfig, facts: ModelFacts):
+        super().__init__(attached, config, facts)
+        self.config = config
+        self._on_gpu = self._device.type == "cuda"
+        self.last_step: torch.cuda.Event | None = None  # fires when the newest step is done
+        self._sampler = Sampler(self._device)
+        self._ranks: dict[int, int] = {}  # first pool row -> rank rows
+        self._previous: dict[int, int] = {}  # sequence -> place of its token in `_chosen`
+        self._lora_stream = self._side_stream()
+        self._graph_width = -(-config.lora.max_lora_rank // 16) * 16 if config.lora else 0
+        self._make_buffers()
+        self._planner = make_planner(
+            attached.attentions, self._decode, self._mixed, self.block_size, attached.model.dtype
+        )
+        self._chooser = self._make_chooser(facts)
+        self._graphs = self._capture()
+
+    # --- a step --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> GpuRunning:
+        """Queue one step. Raises what a launch raises; what the device finds out, `read` raises."""
+        rows = plan.rows
+        runs = runs_of(rows)
+        choice = self._choose_lora(runs, plan.num_tokens)
+        captured = self._find_graph(rows, runs, choice)
+        if captured is not None:
+            output, count = self._replay(rows, captured[0], captured[1], choice), len(rows)
+            output = StepOutput(output.logits[:count], output.greedy[:count], output.ids[:count])
+        else:
+            output = self._run_eagerly(rows, choice)
+        return self._choose_tokens(rows, output)
+
+    @torch.inference_mode()
+    def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
+        self._ranks[load.first_row] = load.ref.max_r
+        super().load(load, weights)
+
+    def _choose_tokens(self, rows: Sequence[Row], output: StepOutput) -> GpuRunning:
+        kept = [row for row in rows if row.sample is not None]
+        specs = [row.sample for row in kept if row.sample is not None]
+        choice = self._sampler.choose(output.logits, specs, output.ids, output.greedy)
+        self._chosen[: len(kept)] = choice.tokens
+        self._previous = {row.sequence_id: place for place, row in enumerate(kept)}
+        if self._on_gpu:
+            self.last_step = torch.cuda.Event()
+            self.last_step.record()
+        return GpuRunning(kept, choice)
+
+    def _choose_lora(self, runs: Sequence[Run], tokens: int) -> LoRAChoice | None:
+        if self._chooser is None or not any(run.members for run in runs):
+            return None
+        return self._chooser.choose(runs, self._ranks, tokens)
+
+    def _fill(
+        self,
+        packed: PackedStep,
+        rows: Sequence[Row],
+        choice: LoRAChoice | None,
+        rows_per_chunk: int,
+        pad_to: int = 0,
+    ) -> tuple[torch.Tensor, StepShape]:
+        host = packed.next_host()
+        shape = fill(
+            *(packed, host, rows, self.block_size),
+            previous=self._previous,
+            columns=choice.columns if choice else {},
+            rows_per_chunk=rows_per_chunk,
+            pad_to=pad_to,
+        )
+        return host, shape
+
+    # --- captured steps ------------------------------------------------------------------------
+
+    def _find_graph(
+        self, rows: Sequence[Row], runs: Sequence[Run], choice: LoRAChoice | None
+    ) -> tuple[GraphKey, Captured] | None:
+        graphs = self._graphs
+        if graphs is None or any(len(row.token_ids) != 1 for row in rows):
+            return None
+        size = graphs.size_for(len(rows))
+        if size is None or not self._decode.fits(rows):
+            return None
+        if choice is None:
+            key = GraphKey(size)
+        elif not choice.base_rows and choice.width > self._graph_width:
+            return None  # a sum of many adapters: wider than what was captured
+        else:
+            active = sum(1 for run in runs if run.members)
+            key = GraphKey(size, True, choice.base_rows, self._active_bucket(active))
+        captured = graphs.get(key)
+        return None if captured is None else (key, captured)
+
+    def _active_bucket(self, active: int) -> int:
+        """0: any number, which is all that is captured without `specialize_active_lora`."""
+        return next((bucket for bucket in self._active if bucket >= active), 0)
+
+    def _replay(
+        self, rows: Sequence[Row], key: GraphKey, captured: Captured, choice: LoRAChoice | None
+    ) -> StepOutput:
+        packed = self._decode
+        host, shape = self._fill(packed, rows, choice, DECODE_CHUNK, pad_to=key.tokens)
+        self._plan_decode(packed, host, key.tokens)
+        packed.send(host, shape.words)
+        captured.graph.replay()
+        return captured.output
+
+    def _plan_decode(self, packed: PackedStep, host: torch.Tensor, count: int) -> None:
+        if self._planner is not None:
+            starts = packed.view(host, "page_starts")[: count + 1]
+            lasts = packed.view(host, "last_page_lens")[:count]
+            self._planner.plan_decode(count, starts, lasts, graph=True)
+
+    def _prepare_capture(self, key: GraphKey) -> None:
+        """An empty step of the key's size: padding only."""
+        host, shape = self._fill(self._decode, (), None, DECODE_CHUNK, pad_to=key.tokens)
+        self._plan_decode(self._decode, host, key.tokens)
+        self._decode.send(host, shape.words)
+
+    def _forward_captured(self, key: GraphKey) -> StepOutput:
+        count, packed = key.tokens, self._decode
+        lora = None
+        if key.adapters:
+            bound = count if not key.active else min(count, count // DECODE_CHUNK + key.active + 1)
+            lora = self._lora_step(packed, bound, DECODE_CHUNK, key.base_rows, self._graph_width)
+        lists = (list(range(count + 1)), [1] * count)
+        attention = self._attention_batch(packed, count, 1, lists, self._blocks_per_sequence)
+        return self._forward(packed, count, None, attention, lora)
+
+    def _capture(self) -> DecodeGraphs | None:
+        if not self._on_gpu or self.config.enforce_eager:
+            return None
+        sizes = self.config.cudagraph_capture_sizes or graph_sizes(self.config.max_num_seqs)
+        graphs = DecodeGraphs(sizes, self._prepare_capture, self._forward_captured)
+        start = time.perf_counter()
+        graphs.capture_all(self._graph_keys(sizes))
+        logger.info("captured %d decode graphs in %.1f s", len(graphs), time.perf_counter() - start)
+        return graphs
+
+    def _graph_keys(self, sizes: Sequence[int]) -> list[GraphKey]:
+        keys = [GraphKey(size) for size in sizes]
+        if self._chooser is not None:
+            places = [0, *self._chooser.buckets]
+            bounds = self._active or [0]
+            keys += [
+                GraphKey(size, True, rows, bound)
+                for size in sizes
+                for rows in places
+                for bound in [0, *bounds]
+                if bound <= size
+            ]
+        return keys
+
+    # --- other steps ---------------------------------------------------------------------------
+
+    def _run_eagerly(self, rows: Sequence[Row], choice: LoRAChoice | None) -> StepOutput:
+        packed = self._mixed
+        tokens = sum(len(row.token_ids) for row in rows)
+        rows_per_chunk = PREFILL_CHUNK if tokens >= MANY_TOKENS else DECODE_CHUNK
+        host, shape = self._fill(packed, rows, choice, rows_per_chunk)
+        count = shape.sequences
+        starts = packed.view(host, "query_starts")[: count + 1]
+        contexts = packed.view(host, "context_lens")[:count]
+        pages = packed.view(host, "page_starts")[: count + 1]
+        if self._planner is not None:
+            lasts = packed.view(host, "last_page_lens")[:count]
+            self._planner.plan_prefill(starts, pages, lasts, tokens)
+        widest = int((pages[1:] - pages[:-1]).max())
+        lists = (starts.tolist(), contexts.tolist())
+        packed.send(host, shape.words)
+        lora = None
+        if choice is not None:
+            lora = self._lora_step(
+                packed, shape.chunks, rows_per_chunk, choice.base_rows, choice.width
+            )
+        attention = self._attention_batch(packed, count, shape.max_queries, lists, widest)
+        return self._forward(packed, tokens, shape.kept, attention, lora)
+
+    # --- both ----------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        packed: PackedStep,
+        tokens: int,
+        kept: int | None,
+        attention: AttentionBatch,
+        lora: LoRAStep | None,
+    ) -> StepOutput:
+        """Run on the packed buffer's contents; `kept` None keeps every row."""
+        view, batch = packed.view, self.attached.batch
+        buffer = packed.device
+        ids = take_tokens(
+            view(buffer, "ids")[:tokens], view(buffer, "sources")[:tokens], self._chosen
+        )  # [T]
+        batch.slots = view(buffer, "slots")[:tokens]  # [T]
+        batch.positions = view(buffer, "positions")[:tokens]  # [T]
+        batch.attention, batch.lora = attention, lora
+        keep = None if kept is None else view(buffer, "keep")[:kept]  # [B]
+        try:
+            logits = self._logits(ids, batch.positions, keep)  # [B, V]
+        finally:
+            batch.clear()
+        greedy = likeliest(logits)  # [B]
+        self._chosen[: greedy.shape[0]] = greedy
+        return StepOutput(logits, greedy, ids if keep is None else ids[keep])
+
+    def _logits(
+        self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.decoder is not None:
+            return self.decoder.forward(ids, keep)  # [B, V]
+        whole = torch.arange(len(ids), device=ids.device) if keep is None else keep.long()
+        output = self.attached.model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.long().unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=whole,
+        )
+        logits: torch.Tensor = output.logits
+        return logits[0]  # [B, V]
+
+    def _attention_batch(
+        self,
+        packed: PackedStep,
+        count: int,
+        max_queries: int,
+        lists: tuple[list[int], list[int]],
+        widest: int,
+    ) -> AttentionBatch:
+        """`widest`: blocks that a row of the block tables has room for."""
+        view, buffer = packed.view, packed.device
+        starts = view(buffer, "page_starts")[:count]  # [Q]
+        if self._planner is None:
+            pages = view(buffer, "pages")
+            columns = torch.arange(widest, device=buffer.device)  # [max_blocks]
+            places = (starts.unsqueeze(1) + columns).clamp(max=len(pages) - 1)
+            tables = pages[places]  # [Q, max_blocks]
+        else:
+            tables = starts.unsqueeze(1)  # the planner has the pages; nobody reads this
+        batch = AttentionBatch(
+            block_tables=tables,
+            query_starts=lists[0],
+            context_lens=lists[1],
+            query_starts_tensor=view(buffer, "query_starts")[: count + 1],
+            context_lens_tensor=view(buffer, "context_lens")[:count],
+            max_queries=max_queries,
+        )
+        if self._planner is not None:
+            batch.notes["flashinfer"] = self._planner
+        return batch
+
+    def _lora_step(
+        self, packed: PackedStep, chunks: int, rows_per_chunk: int, base_rows: int, width: int
+    ) -> LoRAStep:
+        view, buffer = packed.view, packed.device
+        work = WorkList(
+            chunks=view(buffer, "chunks")[: 4 * chunks].view(chunks, 4),
+            counts=view(buffer, "counts"),
+            member_rows=view(buffer, "member_rows"),
+            member_columns=view(buffer, "member_columns"),
+            member_scales=view(buffer, "member_scales"),
+            rows_per_chunk=rows_per_chunk,
+            max_chunks=chunks,
+        )
+        return LoRAStep(work, base_rows, width, self._lora_stream)
+
+    # --- making --------------------------------------------------------------------------------
+
+    def _make_buffers(self) -> None:
+        config = self.config
+        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+        self._blocks_per_sequence = -(-config.max_model_len // self.block_size) + 1
+        sequences = config.max_num_seqs
+        pages = sequences * (self._blocks_per_sequence + 1)
+        members = sequences * (config.lora.max_loras if config.lora else 1)
+        largest = max(graph_sizes(sequences))
+        self._decode = PackedStep(Capacity(largest, largest, members, pages), self._device)
+        tokens = max(config.max_num_batched_tokens, sequences)
+        self._mixed = PackedStep(Capacity(tokens, sequences, members, pages), self._device)
+        self._chosen = torch.zeros(max(largest, sequences), dtype=torch.int64, device=self._device)
+
+    def _make_chooser(self, facts: ModelFacts) -> LoRAChooser | None:
+        lora = self.config.lora
+        self._active: list[int] = []
+        if lora is None or not self.attached.sites:
+            return None
+        if lora.specialize_active_lora:
+            self._active = active_buckets(lora.max_loras)
+        site = self.attached.sites[0]
+        buckets = row_buckets(site.pool_rows) if site.extends_product else []
+        costs = load_costs(self.attached.sites, lora, facts, measure=self._on_gpu)
+        return LoRAChooser(buckets, costs)
+
+    def _side_stream(self) -> torch.cuda.Stream | None:
+        lora = self.config.lora
+        if lora is None or not lora.dual_stream(str(self._device)):
+            return None
+        return torch.cuda.Stream(self._device)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """argmax of each row of [B, V] -> [B], in two stages where few rows would not fill a GPU."""
+    rows, size = logits.shape
+    parts = next((n for n in range(512, 63, -1) if size % n == 0), 1)
+    if logits.device.type != "cuda" or rows > 16 or parts == 1:
+        return logits.argmax(dim=-1)  # [B]
+    values, places = logits.view(rows, parts, size // parts).max(dim=-1)  # [B, parts]
+    part = values.argmax(dim=-1, keepdim=True)  # [B, 1]
+    return (part * (size // parts) + places.gather(1, part)).squeeze(1)  # [B]

@@ -1,0 +1,120 @@
+"""Decode steps captured once and replayed: one launch instead of hundreds.
+
+A graph is right for every step that its key covers, whatever adapters are in it: what differs from
+step to step is read from the packed buffer on the device. Keys are few: batch sizes, times how many
+pool rows the base product takes along, times (with `specialize_active_lora`) how many compositions
+there can be.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 512  # more sequences than this decode without a graph: their launches hide
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """What is fixed in a graph. `active` bounds the compositions with adapters; with `adapters`
+    False there are none and their kernels are not in the graph."""
+
+    tokens: int
+    adapters: bool = False
+    base_rows: int = 0
+    active: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Of the rows kept: logits [B, V], the likeliest tokens [B]; and the step's ids [T]."""
+
+    logits: torch.Tensor
+    greedy: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    graph: torch.cuda.CUDAGraph
+    output: StepOutput
+
+
+class DecodeGraphs:
+    """Graphs by key. `prepare` makes the device ready for a step of a key (plans, contents),
+    `forward` runs it on the static buffers."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        prepare: Callable[[GraphKey], None],
+        forward: Callable[[GraphKey], StepOutput],
+    ):
+        self.sizes = sorted(sizes)
+        self._prepare = prepare
+        self._forward = forward
+        self._graphs: dict[GraphKey, Captured] = {}
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def size_for(self, tokens: int) -> int | None:
+        """The smallest captured batch size that holds `tokens`; None: run it without a graph."""
+        at = bisect.bisect_left(self.sizes, tokens)
+        return self.sizes[at] if at < len(self.sizes) else None
+
+    def get(self, key: GraphKey) -> Captured | None:
+        """The graph of `key`, if it has been captured."""
+        return self._graphs.get(key)
+
+    def capture_all(self, keys: Iterable[GraphKey]) -> None:
+        """Capture what is missing of `keys`, the largest first so that the rest fits in its memory."""
+        missing = sorted(set(keys) - set(self._graphs), key=lambda key: -key.tokens)
+        for key in track(
+            missing,
+            "capturing decode graphs",
+            disable=not sys.stderr.isatty(),
+            console=Console(stderr=True),
+        ):
+            self.capture(key)
+
+    @torch.inference_mode()
+    def capture(self, key: GraphKey) -> Captured:
+        """Run once, so that kernels are compiled and libraries are ready; then record."""
+        self._prepare(key)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._forward(key)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = self._forward(key)
+        self._pool = self._pool or graph.pool()
+        captured = self._graphs[key] = Captured(graph, output)
+        return captured
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes worth a graph, up to `most` sequences: close together where steps are short."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, LARGEST + 1, 32)]
+    most = min(most, LARGEST)
+    return sorted({size for size in sizes if size < most} | {most})
+
+
+def active_buckets(max_loras: int) -> list[int]:
+    """Powers of two up to `max_loras`, and `max_loras`."""
+    return sorted(
+        {1 << i for i in range(max_loras.bit_length()) if 1 << i < max_loras} | {max_loras}
+    )

@@ -1,0 +1,281 @@
+"""A step's numbers in one int32 buffer, so that one copy brings them to the device.
+
+The buffer has the same fields at the same offsets on the host (pinned, two of them: one may still be
+on its way while the next step is written) and on the device, where captured graphs read them.
+
+    ids sources positions slots | keep | chunks counts members | sequences | pages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from loramux.engine.plan import PENDING, Row
+
+Members = tuple[tuple[int, float], ...]
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The largest step a buffer holds."""
+
+    tokens: int
+    sequences: int
+    members: int
+    pages: int  # blocks of all sequences together
+
+    def fields(self) -> dict[str, int]:
+        """Name -> length, in the order in which they stand; the longest last, seldom copied whole."""
+        chunks = self.tokens  # the worst case: every token has adapters of its own
+        return {
+            "ids": self.tokens,
+            "sources": self.tokens,
+            "positions": self.tokens,
+            "slots": self.tokens,
+            "keep": self.sequences,
+            "chunks": 4 * chunks,
+            "counts": 2,
+            "member_rows": self.members,
+            "member_columns": self.members,
+            "member_scales": self.members,  # the bits of a float32
+            "query_starts": self.sequences + 1,
+            "context_lens": self.sequences,
+            "page_starts": self.sequences + 1,
+            "last_page_lens": self.sequences,
+            "pages": self.pages,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring tokens of one composition."""
+
+    start: int
+    end: int
+    members: Members
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the host knows of a packed step."""
+
+    tokens: int
+    sequences: int
+    kept: int
+    max_queries: int
+    active: int  # compositions with adapters
+    chunks: int
+    words: int  # of the buffer, from its start, that have to be copied
+
+
+class PackedStep:
+    """One buffer on the device, two on the host, and the views of their fields."""
+
+    def __init__(self, capacity: Capacity, device: torch.device):
+        self.capacity = capacity
+        lengths = capacity.fields()
+        self.offsets = dict(zip(lengths, _offsets(list(lengths.values())), strict=False))
+        total = _offsets(list(lengths.values()))[-1]
+        self.device = torch.zeros(total, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self.hosts = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._lengths = lengths
+        self._turn = 0
+        self._copied = [torch.cuda.Event() for _ in self.hosts] if pinned else []
+
+    def next_host(self) -> torch.Tensor:
+        """The host buffer whose turn it is."""
+        self._turn = 1 - self._turn
+        if self._copied:
+            # Its last copy was queued two steps ago, so in practice this does not wait.
+            self._copied[self._turn].synchronize()
+        return self.hosts[self._turn]
+
+    def send(self, host: torch.Tensor, words: int) -> None:
+        """Queue the copy of the first `words` words to the device."""
+        self.device[:words].copy_(host[:words], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+
+    def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
+        """Field `name` of a buffer, int32; `member_scales` as float32."""
+        start = self.offsets[name]
+        field = buffer[start : start + self._lengths[name]]
+        return field.view(torch.float32) if name == "member_scales" else field
+
+    def arrays(self, host: torch.Tensor) -> dict[str, Array]:
+        return {name: self.view(host, name).numpy() for name in self._lengths}
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether a step of `rows` has room."""
+        tokens = sum(len(row.token_ids) for row in rows)
+        pages = sum(len(row.block_table) for row in rows)
+        members = sum(len(run.members) for run in runs_of(rows))
+        room = self.capacity
+        # One page more for each padding row.
+        return (
+            tokens <= room.tokens
+            and len(rows) <= room.sequences
+            and pages + room.sequences <= room.pages
+            and members <= room.members
+        )
+
+
+def _offsets(lengths: list[int]) -> list[int]:
+    """Start of each field, 16 bytes apart at least, and the end of the last."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + -(-length // 4) * 4)
+    return starts
+
+
+def runs_of(rows: Sequence[Row]) -> list[Run]:
+    """Rows with equal members, joined where they are neighbours."""
+    runs: list[Run] = []
+    token = 0
+    for row in rows:
+        end = token + len(row.token_ids)
+        if runs and runs[-1].members == row.members:
+            runs[-1] = Run(runs[-1].start, end, row.members)
+        else:
+            runs.append(Run(token, end, row.members))
+        token = end
+    return runs
+
+
+def fill(
+    packed: PackedStep,
+    host: torch.Tensor,
+    rows: Sequence[Row],
+    block_size: int,
+    *,
+    previous: Mapping[int, int],
+    columns: Mapping[Members, Sequence[int]],
+    rows_per_chunk: int,
+    pad_to: int = 0,
+) -> StepShape:
+    """Write a step into `host`.
+
+    `previous` says where in the step before a sequence's token was chosen, `columns` where in `h`
+    the members of a composition stand. Rows up to `pad_to` are filled with tokens that write nothing
+    and attend to one position of block 0.
+    """
+    arrays = packed.arrays(host)
+    tokens = _fill_tokens(arrays, rows, block_size, previous)
+    kept, longest = _fill_sequences(arrays, rows, block_size)
+    runs = runs_of(rows)
+    chunks = _fill_chunks(arrays, runs, columns, rows_per_chunk)
+    pages = int(arrays["page_starts"][len(rows)])
+    count = len(rows)
+    if pad_to > count:
+        _pad(arrays, tokens, count, pages, pad_to)
+        pages += pad_to - count
+        tokens, count, kept = pad_to, pad_to, pad_to
+    return StepShape(
+        tokens=tokens,
+        sequences=count,
+        kept=kept,
+        max_queries=longest,
+        active=sum(1 for run in runs if run.members),
+        chunks=chunks,
+        words=packed.offsets["pages"] + pages,
+    )
+
+
+def _fill_tokens(
+    arrays: dict[str, Array], rows: Sequence[Row], block_size: int, previous: Mapping[int, int]
+) -> int:
+    """ids, sources, positions and slots of every token; how many there are."""
+    token = 0
+    ids, sources = arrays["ids"], arrays["sources"]
+    positions, slots = arrays["positions"], arrays["slots"]
+    for row in rows:
+        count, start = len(row.token_ids), row.start
+        end = token + count
+        if count == 1:
+            ids[token] = row.token_ids[0]
+            positions[token] = start
+            slots[token] = row.block_table[start // block_size] * block_size + start % block_size
+        else:
+            ids[token:end] = row.token_ids
+            places = np.arange(start, start + count)
+            table = np.asarray(row.block_table)
+            positions[token:end] = places
+            slots[token:end] = table[places // block_size] * block_size + places % block_size
+        sources[token:end] = -1
+        if row.token_ids[-1] == PENDING:
+            ids[end - 1] = 0
+            sources[end - 1] = previous[row.sequence_id]
+        token = end
+    return token
+
+
+def _fill_sequences(
+    arrays: dict[str, Array], rows: Sequence[Row], block_size: int
+) -> tuple[int, int]:
+    """Query rows, contexts and pages of every sequence; (rows kept for logits, longest query)."""
+    counts = np.fromiter((len(row.token_ids) for row in rows), np.int32, len(rows))
+    starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+    contexts = starts + counts
+    pages = -(-contexts // block_size)
+    arrays["query_starts"][0] = arrays["page_starts"][0] = 0
+    np.cumsum(counts, out=arrays["query_starts"][1 : len(rows) + 1])
+    np.cumsum(pages, out=arrays["page_starts"][1 : len(rows) + 1])
+    arrays["context_lens"][: len(rows)] = contexts
+    arrays["last_page_lens"][: len(rows)] = (contexts - 1) % block_size + 1
+    total = int(pages.sum())
+    tables = (
+        row.block_table if len(row.block_table) == used else row.block_table[:used]
+        for row, used in zip(rows, pages.tolist(), strict=True)
+    )
+    arrays["pages"][:total] = np.fromiter(chain.from_iterable(tables), np.int32, total)
+    sampling = [i for i, row in enumerate(rows) if row.sample is not None]
+    arrays["keep"][: len(sampling)] = arrays["query_starts"][1 : len(rows) + 1][sampling] - 1
+    return len(sampling), int(counts.max(initial=0))
+
+
+def _fill_chunks(
+    arrays: dict[str, Array],
+    runs: list[Run],
+    columns: Mapping[Members, Sequence[int]],
+    rows_per_chunk: int,
+) -> int:
+    """The work list, see `WorkList`; how many chunks it has."""
+    chunks: list[tuple[int, int, int, int]] = []
+    plain = member = 0
+    for run in runs:
+        stop = member + len(run.members)
+        for (row, scale), column in zip(run.members, columns.get(run.members, ()), strict=True):
+            arrays["member_rows"][member] = row
+            arrays["member_columns"][member] = column
+            arrays["member_scales"][member] = scale
+            member += 1
+        cuts = range(run.start, run.end, rows_per_chunk)
+        chunks += [
+            (c, min(c + rows_per_chunk, run.end), stop - len(run.members), stop) for c in cuts
+        ]
+        plain += 0 if run.members else len(cuts)
+    arrays["chunks"][: 4 * len(chunks)] = np.asarray(chunks, dtype=np.int32).ravel()
+    arrays["counts"][:] = (plain, len(chunks))
+    return len(chunks)
+
+
+def _pad(arrays: dict[str, Array], tokens: int, count: int, pages: int, pad_to: int) -> None:
+    """Rows that fill a captured graph up: they write nothing, and nobody reads what they compute."""
+    arrays["ids"][tokens:pad_to] = 0
+    arrays["positions"][tokens:pad_to] = 0
+    arrays["sources"][tokens:pad_to] = -1
+    arrays["slots"][tokens:pad_to] = -1
+    arrays["keep"][count:pad_to] = np.arange(count, pad_to)
+    extra = np.arange(1, pad_to - count + 1)
+    arrays["query_starts"][count + 1 : pad_to + 1] = tokens + extra
+    arrays["page_starts"][count + 1 : pad_to + 1] = pages + extra
+    arrays["context_lens"][count:pad_to] = 1
+    arrays["last_page_lens"][count:pad_to] = 1
+    arrays["pages"][pages : pages + pad_to - count] = 0

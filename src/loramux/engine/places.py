@@ -1,0 +1,83 @@
+"""Which sequences hold adapters on the device, since when, and what must be brought there for them.
+
+A sequence holds all its adapters or none. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loramux.adapters.pool import AdapterPool
+from loramux.engine.plan import AdapterLoad
+from loramux.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Room:
+    """What is left for those that hold nothing yet, as the queue is walked from its old end."""
+
+    held: set[str]
+    limit: int
+    closed: bool = False  # an impatient one finds too few: what is free is left to it
+
+    def fits(self, sequence: Sequence) -> bool:
+        if self.held.issuperset(sequence.digests):
+            return True
+        return not self.closed and len(self.held.union(sequence.digests)) <= self.limit
+
+
+class Places:
+    """The adapter pool in terms of sequences; without a pool, every sequence is the base's."""
+
+    def __init__(self, pool: AdapterPool | None):
+        self._pool = pool
+        self._loads: list[AdapterLoad] = []
+        self._since: dict[str, float] = {}  # digest -> held without a break since
+
+    def room(self) -> Room:
+        if self._pool is None:
+            return Room(set(), 0)
+        return Room(self._pool.held(), self._pool.max_loras)
+
+    def take_loads(self) -> list[AdapterLoad]:
+        """Adapters to bring to the device, decided since the last call."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def hold(self, sequence: Sequence, now: float) -> None:
+        """Hold every adapter of `sequence`, asking for those that are not on the device."""
+        assert self._pool is not None, "an adapter request without an adapter pool. This is a bug."
+        for digest in sequence.digests:
+            ref = sequence.refs[digest]
+            self._since.setdefault(digest, now)
+            if (first_row := self._pool.hold(digest, ref.max_r)) is not None:
+                self._loads.append(AdapterLoad(ref, first_row))
+        sequence.held = sequence.digests
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back what `sequence` holds, at once.
+
+        A step that reads these rows may still be running: the runner lets a load into them wait for
+        the step launched last.
+        """
+        for digest in sequence.held:
+            assert self._pool is not None
+            self._pool.release(digest)
+            if not self._pool.has_holder(digest):
+                self._since.pop(digest, None)
+        sequence.held, sequence.members = (), ()
+
+    def are_resident(self, sequence: Sequence) -> bool:
+        pool = self._pool
+        return pool is None or all(pool.is_resident(digest) for digest in sequence.held)
+
+    def members(self, sequence: Sequence) -> tuple[tuple[int, float], ...]:
+        """(first row, scale) of each adapter; they stay there as long as it holds them."""
+        if self._pool is None:
+            return ()
+        return tuple((self._pool.row_of(digest), scale) for digest, scale in sequence.composition)
+
+    def held_before(self, moment: float) -> list[str]:
+        """Digests held without a break since `moment` or longer, those held longest first."""
+        by_age = sorted((since, digest) for digest, since in self._since.items())
+        return [digest for since, digest in by_age if since <= moment]

@@ -1,0 +1,137 @@
+"""Gates and input tokens on a GPU; a gate takes the LoRA delta that waits for it with it.
+
+Arithmetic runs in float32 and rounds where the twins round.
+"""
+
+# The bodies of Triton functions are not Python that mypy could check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from loramux.kernels.arguments import Activation, Expand
+from loramux.kernels.triton_lora import (
+    COLUMNS,
+    chunk_delta,
+    chunk_of,
+    kernel_arguments,
+    programs,
+    rounded,
+)
+
+PLAIN_ROWS, PLAIN_COLUMNS = 4, 512
+"""The tile of a gate without a delta."""
+
+TOKENS = 256
+"""Tokens that one program of `take_tokens` looks at."""
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gated(
+    gate, gate_stride, up, up_stride, out, count, lora,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    TILES: tl.constexpr = (SIZE + COLS - 1) // COLS
+    if lora is None:
+        end = (count + ROWS - 1) // ROWS * TILES
+    else:
+        end = tl.load(lora.counts + 1) * TILES
+    for item in range(tl.program_id(0), end, tl.num_programs(0)):
+        if lora is None:
+            first_row = item // TILES * ROWS
+            end_row = count
+        else:
+            first_row, end_row, first, stop = chunk_of(lora, item // TILES)
+        low = item % TILES * COLS
+        rows = first_row + tl.arange(0, ROWS)
+        row_mask = rows < end_row
+        columns = low + tl.arange(0, COLS)
+        here = columns < SIZE
+        mask = row_mask[:, None] & here[None, :]
+        wide = rows.to(tl.int64)[:, None]
+        left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
+        right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
+        left = left.to(tl.float32)  # [ROWS, COLS]
+        right = right.to(tl.float32)  # [ROWS, COLS]
+        if lora is not None:
+            left += chunk_delta(
+                lora, first, stop, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
+            )
+            right += chunk_delta(
+                lora, first, stop, rows, row_mask, SIZE + low, SIZE + columns, here, STARTS, PARTS,
+                ROWS, COLS,
+            )  # fmt: skip
+            left = rounded(left, gate.dtype.element_ty).to(tl.float32)
+            right = rounded(right, up.dtype.element_ty).to(tl.float32)
+        if ACTIVATION == "silu":
+            slope = left
+        else:  # gelu's tanh form: (1 + tanh(u)) / 2 is the sigmoid of 2 u
+            slope = 1.5957691216057308 * (left + 0.044715 * left * left * left)
+        left = rounded(left / (1.0 + tl.exp(-slope)), gate.dtype.element_ty).to(tl.float32)
+        at = out + wide * SIZE + columns[None, :]
+        tl.store(at, rounded(left * right, out.dtype.element_ty), mask=mask)
+
+
+def _run_gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: Activation, expand: Expand | None
+) -> torch.Tensor:
+    count, size = gate.shape
+    out = torch.empty((count, size), dtype=gate.dtype, device=gate.device)  # [T, I]
+    if expand is None:
+        rows, width = PLAIN_ROWS, PLAIN_COLUMNS
+        grid = (triton.cdiv(count, rows) * triton.cdiv(size, width),)
+    else:
+        rows, width = expand.work.rows_per_chunk, COLUMNS
+        grid = programs(expand.work.max_chunks * triton.cdiv(size, width), gate.device)
+    _gated[grid](
+        gate,
+        gate.stride(0),
+        up,
+        up.stride(0),
+        out,
+        count,
+        **kernel_arguments(expand),
+        SIZE=size,
+        ROWS=rows,
+        COLS=width,
+        ACTIVATION=activation,
+        num_warps=4 if rows <= 16 else 8,
+        num_stages=2,
+    )
+    return out  # [T, I]
+
+
+def gated(
+    gate_up: torch.Tensor, activation: Activation = "silu", expand: Expand | None = None
+) -> torch.Tensor:
+    """activation(gate) * up of `gate_up` [T, 2 I] (any row stride) -> [T, I]."""
+    size = gate_up.shape[1] // 2
+    return _run_gated(gate_up[:, :size], gate_up[:, size:], activation, expand)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(`gate`) * `up`, both [T, I] (any row stride) -> [T, I]."""
+    return _run_gated(gate, up, "silu", None)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _take_tokens(ids, sources, chosen, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < count
+    source = tl.load(sources + at, mask=here, other=-1)
+    own = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+    other = tl.load(chosen + source, mask=source >= 0, other=0).to(tl.int64)
+    tl.store(out + at, tl.where(source >= 0, other, own), mask=here)
+
+
+def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`ids` [T], or where `sources` [T] >= 0 the token chosen[source] -> [T] int64."""
+    count = ids.shape[0]
+    out = torch.empty(count, dtype=torch.int64, device=ids.device)  # [T]
+    grid = (triton.cdiv(count, TOKENS),)
+    _take_tokens[grid](ids, sources, chosen, out, count, TOKENS)
+    return out  # [T]

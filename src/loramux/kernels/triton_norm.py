@@ -1,0 +1,299 @@
+"""RMS norms on a GPU, and the residual's addition before one, with a LoRA delta where one waits.
+
+Arithmetic runs in float32 and rounds where the twins round.
+"""
+
+# The bodies of Triton functions are not Python that mypy could check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from loramux.kernels.arguments import Expand, NormMode
+from loramux.kernels.triton_lora import (
+    chunk_delta,
+    chunk_of,
+    kernel_arguments,
+    programs,
+    rounded,
+    shrunk,
+    slice_bounds,
+)
+
+TILE_ROWS = 16
+"""Rows of a tile where a norm takes its delta by matrix products."""
+
+TILE_COLUMNS = 512
+"""Columns of such a tile."""
+
+
+@triton.jit
+def normed(value, inverse, weight, MODE: tl.constexpr, dtype: tl.constexpr):
+    """float32 `value` times `inverse` and the weight, rounded inside as `MODE` says."""
+    result = value * inverse
+    weight = weight.to(tl.float32)
+    if MODE == "llama":
+        return weight * rounded(result, dtype).to(tl.float32)
+    elif MODE == "plain":
+        return result * weight
+    else:
+        return result * (1.0 + weight)
+
+
+@triton.jit(do_not_specialize=["inner", "count"])
+def _rms_norm(
+    x, outer_stride, inner_stride, inner, weight, out, count, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    here = columns < SIZE
+    mask = (rows < count)[:, None] & here[None, :]
+    at = rows // inner * outer_stride + rows % inner * inner_stride
+    value = tl.load(x + at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(weight + columns, mask=here, other=0.0)[None, :]
+    inverse = tl.rsqrt(tl.sum(value * value, 1) / SIZE + eps)[:, None]
+    value = normed(value, inverse, factor, MODE, x.dtype.element_ty)  # [ROWS, BLOCK]
+    at = out + rows[:, None] * SIZE + columns[None, :]
+    tl.store(at, rounded(value, out.dtype.element_ty), mask=mask)
+
+
+def _norm_dtype(dtype: torch.dtype, weight: torch.Tensor, mode: NormMode) -> torch.dtype:
+    """The dtype of a norm of `dtype`: a wider weight widens Llama's product, no other."""
+    return torch.promote_types(dtype, weight.dtype) if mode == "llama" else dtype
+
+
+def _row_warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, mode: NormMode = "llama"
+) -> torch.Tensor:
+    """`x` [..., D], `weight` [D] -> [..., D]."""
+    size = x.shape[-1]
+    out = torch.empty(x.shape, dtype=_norm_dtype(x.dtype, weight, mode), device=x.device)
+    if not (x.dim() in (2, 3) and x.stride(-1) == 1):
+        x = x.reshape(-1, size).contiguous()  # [T, D]
+    inner = 1 if x.dim() == 2 else x.shape[1]
+    count = x.shape[0] * inner
+    block = triton.next_power_of_2(size)
+    rows = max(1, 1024 // block)
+    _rms_norm[(triton.cdiv(count, rows),)](
+        x,
+        x.stride(0),
+        x.stride(-2),
+        inner,
+        weight,
+        out,
+        count,
+        eps,
+        size,
+        block,
+        rows,
+        mode,
+        num_warps=_row_warps(rows * block),
+    )
+    return out  # [..., D]
+
+
+@triton.jit
+def _members_of_row(lora, row, listed, CHUNKS: tl.constexpr):
+    """First and end member of the chunk that holds `row`; none for a row in no chunk.
+
+    All chunks are looked at together: one wait, and each row gets a program of its own."""
+    index = tl.arange(0, CHUNKS)
+    used = tl.load(lora.counts + 1)
+    begin = tl.load(lora.chunks + index * 4, mask=index < listed, other=0)
+    end = tl.load(lora.chunks + index * 4 + 1, mask=index < listed, other=0)
+    mine = (index < used) & (begin <= row) & (row < end)
+    chunk = tl.max(tl.where(mine, index, -1), 0)
+    first = tl.load(lora.chunks + chunk * 4 + 2, mask=chunk >= 0, other=0)
+    stop = tl.load(lora.chunks + chunk * 4 + 3, mask=chunk >= 0, other=0)
+    return first, stop
+
+
+@triton.jit
+def _row_delta(
+    lora, first, stop, row, columns,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """The delta of one whole row [BLOCK] float32, `RANKS` rows of b at a time."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    WIDTH: tl.constexpr = STARTS[SLICES]
+    total = tl.zeros((BLOCK,), tl.float32)
+    for member in range(first, stop):
+        p = tl.load(lora.member_rows + member)
+        column = tl.load(lora.member_columns + member)
+        scale = tl.load(lora.member_scales + member)
+        for s in range(0, SLICES):
+            begin, end = slice_bounds(s, STARTS)
+            own = (columns >= begin) & (columns < end)
+            r = tl.load(lora.row_r + s * lora.pool_rows + p)
+            factor = scale * tl.load(lora.row_scale + s * lora.pool_rows + p)
+            for k in range(0, r, RANKS):
+                ranks = k + tl.arange(0, RANKS)
+                live = ranks < r
+                at = row.to(tl.int64) * lora.row_stride + (column + ranks) * SLICES + s
+                left = shrunk(lora, at, live, PARTS).to(tl.float32)  # [RANKS]
+                at = (p + ranks).to(tl.int64)[:, None] * WIDTH + columns[None, :]
+                mask = live[:, None] & own[None, :]
+                right = tl.load(lora.b + at, mask=mask, other=0.0).to(tl.float32)
+                total += tl.sum(left[:, None] * right, 0) * factor
+    return total
+
+
+@triton.jit(do_not_specialize=["listed"])
+def _add_norm_row(
+    x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps, listed, lora,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, RANKS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    at = row.to(tl.int64)
+    value = tl.load(x + at * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    before = tl.load(residual + at * residual_stride + columns, mask=mask, other=0.0)
+    if lora is not None:
+        first, stop = _members_of_row(lora, row, listed, CHUNKS)
+        value += _row_delta(lora, first, stop, row, columns, STARTS, PARTS, BLOCK, RANKS)
+    value = rounded(value, residual.dtype.element_ty).to(tl.float32)
+    if post_weight is not None:
+        inverse = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+        factor = tl.load(post_weight + columns, mask=mask, other=0.0)
+        value = normed(value, inverse, factor, MODE, residual.dtype.element_ty)
+        value = rounded(value, total.dtype.element_ty).to(tl.float32)
+    value = rounded(before.to(tl.float32) + value, total.dtype.element_ty)  # [BLOCK]
+    tl.store(total + at * SIZE + columns, value, mask=mask)
+    value = value.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+    factor = tl.load(weight + columns, mask=mask, other=0.0)
+    value = normed(value, inverse, factor, MODE, total.dtype.element_ty)
+    tl.store(out + at * SIZE + columns, rounded(value, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_tiles(
+    source, residual, residual_stride, weight, target, rows, row_mask, squares, eps,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Norm of `source`'s rows, and `residual` (or None) added, into `target`: sums of squares."""
+    inverse = tl.rsqrt(squares / SIZE + eps)[:, None]
+    squares = tl.zeros((ROWS,), tl.float32)
+    for low in range(0, SIZE, COLS):
+        columns = low + tl.arange(0, COLS)
+        here = columns < SIZE
+        mask = row_mask[:, None] & here[None, :]
+        at = rows[:, None] * SIZE + columns[None, :]
+        value = tl.load(source + at, mask=mask, other=0.0)
+        factor = tl.load(weight + columns, mask=here, other=0.0)[None, :]
+        value = normed(value.to(tl.float32), inverse, factor, MODE, dtype)
+        value = rounded(value, target.dtype.element_ty)  # [ROWS, COLS]
+        if residual is not None:
+            before = residual + rows[:, None] * residual_stride + columns[None, :]
+            before = tl.load(before, mask=mask, other=0.0).to(tl.float32)
+            value = rounded(before + value.to(tl.float32), target.dtype.element_ty)
+        tl.store(target + at, value, mask=mask)
+        squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), 1)
+    return squares
+
+
+@triton.jit
+def _add_norm_tiles(
+    x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps, lora,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """For many rows: `TILES` tiles a chunk, so that one load of b serves `ROWS` rows.
+
+    The sums wait in `total`, which the second pass finds in the cache."""
+    for item in range(tl.program_id(0), tl.load(lora.counts + 1) * TILES, tl.num_programs(0)):
+        first_row, end_row, first, stop = chunk_of(lora, item // TILES)
+        first_row += item % TILES * ROWS
+        if first_row < end_row:
+            rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+            row_mask = rows < end_row
+            squares = tl.zeros((ROWS,), tl.float32)
+            for low in range(0, SIZE, COLS):
+                columns = low + tl.arange(0, COLS)
+                here = columns < SIZE
+                mask = row_mask[:, None] & here[None, :]
+                at = x + rows[:, None] * x_stride + columns[None, :]
+                value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
+                value += chunk_delta(
+                    lora, first, stop, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
+                )
+                value = rounded(value, residual.dtype.element_ty)
+                if post_weight is None:
+                    before = residual + rows[:, None] * residual_stride + columns[None, :]
+                    before = tl.load(before, mask=mask, other=0.0).to(tl.float32)
+                    value = rounded(before + value.to(tl.float32), total.dtype.element_ty)
+                at = total + rows[:, None] * SIZE + columns[None, :]
+                tl.store(at, value.to(total.dtype.element_ty), mask=mask)
+                squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), 1)
+            tl.debug_barrier()  # other threads may read what these wrote
+            if post_weight is not None:
+                squares = _norm_tiles(
+                    total, residual, residual_stride, post_weight, total, rows, row_mask, squares,
+                    eps, SIZE, ROWS, COLS, MODE, residual.dtype.element_ty,
+                )  # fmt: skip
+                tl.debug_barrier()
+            _norm_tiles(
+                total, None, 0, weight, out, rows, row_mask, squares, eps, SIZE, ROWS, COLS, MODE,
+                total.dtype.element_ty,
+            )  # fmt: skip
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    mode: NormMode = "llama",
+    post_weight: torch.Tensor | None = None,
+    expand: Expand | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x`, `residual` [T, D] -> (norm of their sum, their sum)."""
+    count, size = residual.shape
+    dtype = residual.dtype
+    if post_weight is not None:
+        dtype = _norm_dtype(dtype, post_weight, mode)
+    total = torch.empty((count, size), dtype=dtype, device=x.device)  # [T, D]
+    out_dtype = _norm_dtype(dtype, weight, mode)
+    out = torch.empty((count, size), dtype=out_dtype, device=x.device)  # [T, D]
+    arguments = (
+        x, x.stride(0), residual, residual.stride(0), weight, post_weight, out, total, eps
+    )  # fmt: skip
+    if expand is not None and expand.work.rows_per_chunk > TILE_ROWS:
+        tiles = triton.cdiv(expand.work.rows_per_chunk, TILE_ROWS)
+        _add_norm_tiles[programs(expand.work.max_chunks * tiles, x.device)](
+            *arguments,
+            **kernel_arguments(expand),
+            TILES=tiles,
+            SIZE=size,
+            ROWS=TILE_ROWS,
+            COLS=min(TILE_COLUMNS, triton.next_power_of_2(size)),
+            MODE=mode,
+            num_warps=8,
+            num_stages=2,
+        )
+        return out, total
+    block = triton.next_power_of_2(size)
+    listed = 0 if expand is None else expand.work.max_chunks
+    _add_norm_row[(count,)](
+        *arguments,
+        listed,
+        **kernel_arguments(expand),
+        CHUNKS=max(64, triton.next_power_of_2(listed)),
+        RANKS=8 if block <= 8192 else 4,
+        SIZE=size,
+        BLOCK=block,
+        MODE=mode,
+        num_warps=_row_warps(block),
+    )
+    return out, total

@@ -1,0 +1,272 @@
+"""Recognising the standard pre-norm decoder in a transformers model, and proving the fused one equal.
+
+Nothing is believed of a model's name: its layers are taken apart by their attributes, and what was
+put together has to give what the model's own forward gives, layer by layer, on random tokens. Where
+it does not, the model keeps its own forward, and one line in the log says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramux.kernels import Activation, AttentionBatch, rms_norm
+from loramux.layers.linear import LinearSlice, MergedLinear
+from loramux.models.attach import Attached
+from loramux.models.layers import FusedDecoder, FusedLayer, Norm
+from loramux.models.norms import FusedRMSNorm
+
+logger = logging.getLogger(__name__)
+
+CHECKED_TOKENS = 9
+# Of the branch's own size, and of the sum it is rounded into.
+TOLERANCE = {torch.bfloat16: (3e-2, 4e-3), torch.float16: (5e-3, 1e-3), torch.float32: (1e-4, 1e-5)}
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+class NotStandardError(Exception):
+    """Why a model keeps its own forward."""
+
+
+def fuse(attached: Attached, num_positions: int) -> FusedDecoder | None:
+    """The fused decoder of `attached` for contexts of `num_positions`, or None with a line in the
+    log. Call before the KV cache is allocated and the weights are packed."""
+    name = type(attached.model).__name__
+    try:
+        decoder = _take_apart(attached, num_positions)
+        _compare(attached, decoder)
+    except NotStandardError as reason:
+        logger.info("%s keeps its own forward: %s", name, reason)
+        return None
+    logger.info("%s runs fused: %d layers", name, len(decoder.layers))
+    return decoder
+
+
+def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
+    body = _get(attached.model, "model")
+    layers = _get(body, "layers")
+    text = attached.model.config.get_text_config()
+    names = [getattr(text, name, None) for name in ("hidden_act", "hidden_activation")]
+    activation = next((ACTIVATIONS[name] for name in names if name in ACTIVATIONS), None)
+    if activation is None:
+        raise NotStandardError("its activation is neither SiLU nor tanh GELU")
+    fused = [_layer(module, attached, activation, text, i) for i, module in enumerate(layers)]
+    device = attached.device
+    tables = {
+        rope: _table(_get(body, "rotary_emb"), rope, num_positions, attached.model.dtype, device)
+        for rope in {layer.rope for layer in fused}
+    }
+    return FusedDecoder(
+        embedding=attached.model.get_input_embeddings(),
+        layers=fused,
+        final=_norm(body, "norm"),
+        head=attached.model.get_output_embeddings(),
+        tables=tables,
+        batch=attached.batch,
+        softcap=float(getattr(text, "final_logit_softcapping", None) or 0.0),
+    )
+
+
+def _layer(
+    module: nn.Module, attached: Attached, activation: Activation, text: Any, index: int
+) -> FusedLayer:
+    attention, mlp = _get(module, "self_attn"), _get(module, "mlp")
+    norms = [name for name, child in module.named_children() if isinstance(child, FusedRMSNorm)]
+    others = {name for name, _ in module.named_children()} - {"self_attn", "mlp", *norms}
+    others = {name for name in others if not isinstance(getattr(module, name), nn.Dropout)}
+    if others or tuple(sorted(norms)) not in (
+        tuple(sorted(PRE_NORMS)),
+        tuple(sorted(SANDWICH_NORMS)),
+    ):
+        raise NotStandardError(f"its layers have other parts: {sorted(others) or norms}")
+    sandwich = len(norms) == len(SANDWICH_NORMS)
+    paged = attention.loramux_attention
+    head_norms = _head_norms(attention)
+    kinds = getattr(text, "layer_types", None)
+    layer = FusedLayer(
+        qkv=_merged(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+        o=_merged(attention, ("o_proj",), "o_proj"),
+        gate_up=_merged(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+        down=_merged(mlp, ("down_proj",), "down_proj"),
+        attention=paged,
+        before_attention=_norm(module, "input_layernorm"),
+        before_mlp=_norm(module, SANDWICH_NORMS[2] if sandwich else PRE_NORMS[1]),
+        activation=activation,
+        rope=str(kinds[index]) if kinds else "",
+        head_norms=head_norms,
+        after_attention=_norm(module, PRE_NORMS[1]) if sandwich else None,
+        after_mlp=_norm(module, SANDWICH_NORMS[3]) if sandwich else None,
+    )
+    _check_shapes(layer)
+    return layer
+
+
+def _check_shapes(layer: FusedLayer) -> None:
+    """The merged products have to be what the fused ops cut apart."""
+    attention = layer.attention
+    assert attention.key_shape is not None and attention.value_shape is not None
+    kv_heads, size = attention.key_shape
+    if attention.value_shape != (kv_heads, size):
+        raise NotStandardError("its values have other heads than its keys")
+    if layer.qkv.out_features != (attention.num_heads + 2 * kv_heads) * size:
+        raise NotStandardError("its q, k and v are not side by side")
+    if layer.o.in_features != attention.num_heads * size:
+        raise NotStandardError("its output projection takes something else than the heads")
+    if layer.gate_up.out_features != 2 * layer.down.in_features:
+        raise NotStandardError("its MLP is not gated")
+    norms = (layer.before_attention, layer.before_mlp, layer.after_attention, layer.after_mlp)
+    if len({norm.mode for norm in norms if norm}) > 1 or len({n.eps for n in norms if n}) > 1:
+        raise NotStandardError("its norms differ in kind")
+
+
+def _head_norms(attention: nn.Module) -> tuple[Norm, Norm] | None:
+    found = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if all(norm is None for norm in found):
+        return None
+    size = attention.loramux_attention.key_shape[1]  # type: ignore[union-attr, index]
+    for norm in found:
+        if not isinstance(norm, FusedRMSNorm) or norm.weight.shape != (size,):
+            raise NotStandardError("its q and k norms are not RMS norms of single heads")
+    return _norm(attention, "q_norm"), _norm(attention, "k_norm")
+
+
+def _get(module: nn.Module, name: str) -> Any:
+    child = getattr(module, name, None)
+    if child is None:
+        raise NotStandardError(f"{type(module).__name__} has no {name}")
+    return child
+
+
+def _norm(module: nn.Module, name: str) -> Norm:
+    child = getattr(module, name, None)
+    if not isinstance(child, FusedRMSNorm):
+        raise NotStandardError(f"{name} is no RMS norm that we know")
+    return Norm.of(child)
+
+
+def _merged(module: nn.Module, names: tuple[str, ...], whole: str) -> MergedLinear:
+    """The product of all `names`, or of the one layer `whole` that some models have instead."""
+    for group in (names, (whole,)):
+        found = [getattr(module, name, None) for name in group]
+        merged = {id(c.merged): c.merged for c in found if isinstance(c, LinearSlice)}
+        if len(merged) == 1 and None not in found:
+            (only,) = merged.values()
+            if only.num_slices == len(group):
+                return only
+    raise NotStandardError(f"{type(module).__name__} has no {', '.join(names)} with one input")
+
+
+def _table(
+    rotary: nn.Module, rope: str, num_positions: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """cos, then sin, of every position [P, rot], as the model's own rotary embedding gives them."""
+    like = torch.zeros(1, 1, dtype=dtype, device=device)
+    positions = torch.arange(num_positions, device=device).unsqueeze(0)  # [1, P]
+    arguments = inspect.signature(rotary.forward).parameters
+    with torch.inference_mode(False), torch.no_grad():
+        if "layer_type" in arguments:
+            cos, sin = rotary(like, positions, layer_type=rope)  # [1, P, rot]
+        else:
+            cos, sin = rotary(like, positions)  # [1, P, rot]
+    half = cos.shape[-1] // 2
+    if not torch.equal(cos[..., :half], cos[..., half:]):
+        raise NotStandardError("its rotary embedding turns other pairs of features")
+    return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()  # [P, rot]
+
+
+# --- the proof -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _compare(attached: Attached, decoder: FusedDecoder) -> None:
+    """Every layer, and the whole, against the model's own forward on random tokens."""
+    model = attached.model
+    generator = torch.Generator().manual_seed(0)
+    vocab = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(vocab, (CHECKED_TOKENS,), generator=generator).to(attached.device)  # [T]
+    with _small_step(attached):
+        expected, seen = _own_forward(model, ids)  # [T, V]
+        for index, (layer, (x, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
+            norm = layer.before_attention
+            normed = rms_norm(x, norm.weight, norm.eps, norm.mode)  # [T, D]
+            table = decoder.tables[layer.rope]
+            _, got = layer.forward(normed, x, norm, table, attached.batch)  # [T, D]
+            _check_layer(got, after, x, index)
+        logits = decoder.forward(ids)  # [T, V]
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= 20 * TOLERANCE[model.dtype][1]:
+        raise NotStandardError(f"its logits differ by {error:.1e}: there is more than its layers")
+
+
+def _own_forward(
+    model: PreTrainedModel, ids: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The model's own logits [T, V], and what went in and came out of each layer, [T, D] each."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def see(_: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+        before = inputs[0] if inputs else given["hidden_states"]  # [1, T, D]
+        after = output[0] if isinstance(output, tuple) else output  # [1, T, D]
+        seen.append((before[0].clone(), after[0].clone()))
+
+    layers: Any = model.model.layers
+    hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers]
+    positions = torch.arange(len(ids), device=ids.device)  # [T]
+    try:
+        output = model(
+            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return output.logits[0], seen
+
+
+def _check_layer(
+    got: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, index: int
+) -> None:
+    """All [T, D]. The branch counts by its own size, the sum by what rounding does to it."""
+    own, rounding = TOLERANCE[got.dtype]
+    error = (got.float() - expected.float()).norm()
+    branch = (expected.float() - before.float()).norm()
+    if not float(error) <= own * float(branch) + rounding * float(expected.float().norm()):
+        raise NotStandardError(
+            f"layer {index} differs from its own forward by {float(error / branch):.1e}"
+        )
+
+
+@contextmanager
+def _small_step(attached: Attached) -> Iterator[None]:
+    """A cache of one block and a step in which one sequence runs from its start."""
+    device, count, batch = attached.device, CHECKED_TOKENS, attached.batch
+    for attention in attached.attentions:
+        attention.allocate(1, 16, attached.model.dtype, str(device))
+    on_cpu = device.type == "cpu"
+    batch.slots = torch.arange(count, device=device, dtype=torch.int64 if on_cpu else torch.int32)
+    batch.positions = torch.arange(count, device=device, dtype=torch.int32)  # [T]
+    batch.attention = AttentionBatch(
+        block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        query_starts=[0, count],
+        context_lens=[count],
+        query_starts_tensor=torch.tensor([0, count], dtype=torch.int32, device=device),
+        context_lens_tensor=torch.tensor([count], dtype=torch.int32, device=device),
+    )
+    try:
+        yield
+    finally:
+        batch.clear()
+        for attention in attached.attentions:
+            attention.free()

@@ -1,0 +1,115 @@
+"""The parts of a standard pre-norm decoder, as fused ops over the model's own weights.
+
+    x, residual ── qkv ── rope_kv ── attention ── o ── add_rms_norm ── gate_up ── gated ── down ──┐
+        ▲                                                                                         │
+        └───────────────────────── add_rms_norm, by the next layer's weight ──────────────────────┘
+
+The LoRA delta of each product is folded into the op after it (`Expand`), so that it adds no launch.
+`models/fuse.py` recognises such layers in a transformers model and proves them equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loramux.kernels import Activation, NormMode, add_rms_norm, gated, rms_norm, rope_kv
+from loramux.layers.attention import PagedAttention
+from loramux.layers.batch import StepBatch
+from loramux.layers.linear import MergedLinear
+from loramux.models.norms import FusedRMSNorm
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """An RMS norm's weight [D] and manner."""
+
+    weight: torch.Tensor
+    eps: float
+    mode: NormMode
+
+    @classmethod
+    def of(cls, module: FusedRMSNorm) -> Norm:
+        return cls(module.weight.data, module.eps, module.mode)
+
+
+@dataclass(slots=True, eq=False)
+class FusedLayer:
+    """One decoder layer. `after_attention` and `after_mlp` are norms of a branch's own output, as
+    Gemma has them; `rope` names the table of angles that the layer turns by."""
+
+    qkv: MergedLinear
+    o: MergedLinear
+    gate_up: MergedLinear
+    down: MergedLinear
+    attention: PagedAttention
+    before_attention: Norm
+    before_mlp: Norm
+    activation: Activation
+    rope: str
+    head_norms: tuple[Norm, Norm] | None = None  # of queries and of keys
+    after_attention: Norm | None = None
+    after_mlp: Norm | None = None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        following: Norm,
+        table: torch.Tensor,
+        batch: StepBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (normed) and residual, both [T, D] -> the same for the layer whose norm is `following`."""
+        attention, norm = self.attention, self.before_mlp
+        assert batch.positions is not None and batch.slots is not None
+        assert attention.k_cache is not None and attention.v_cache is not None
+        qkv, expand = self.qkv.project(x)  # [T, (H + 2 Hkv) Dh]
+        q = rope_kv(
+            *(qkv, table, batch.positions, batch.slots, attention.k_cache, attention.v_cache),
+            *(attention.num_heads, *self._head_norms(), expand),
+        )  # [T, H, Dh]
+        attended = attention.attend(q)  # [T, H, Dh]
+        y, expand = self.o.project(attended.view(attended.shape[0], -1))  # [T, D]
+        post = None if self.after_attention is None else self.after_attention.weight
+        x, residual = add_rms_norm(y, residual, norm.weight, norm.eps, norm.mode, post, expand)
+        gate_up, expand = self.gate_up.project(x)  # [T, 2 I]
+        y, expand = self.down.project(gated(gate_up, self.activation, expand))  # [T, D]
+        post = None if self.after_mlp is None else self.after_mlp.weight
+        return add_rms_norm(
+            *(y, residual, following.weight, following.eps, following.mode, post, expand)
+        )
+
+    def _head_norms(
+        self,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, float, NormMode]:
+        if self.head_norms is None:
+            return None, 0.0, "llama"
+        queries, keys = self.head_norms
+        return (queries.weight, keys.weight), queries.eps, queries.mode
+
+
+@dataclass(slots=True, eq=False)
+class FusedDecoder:
+    """The whole model. `tables` [P, rot] by name, see `rope_kv`; `softcap` bends the logits."""
+
+    embedding: nn.Module
+    layers: list[FusedLayer]
+    final: Norm
+    head: nn.Module
+    tables: dict[str, torch.Tensor]
+    batch: StepBatch
+    softcap: float = 0.0
+
+    def forward(self, ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [T] -> logits [B, V] of rows `keep` [B], or of all where that is None."""
+        residual = self.embedding(ids)  # [T, D]
+        first = self.layers[0].before_attention
+        x = rms_norm(residual, first.weight, first.eps, first.mode)  # [T, D]
+        norms = [layer.before_attention for layer in self.layers[1:]] + [self.final]
+        for layer, following in zip(self.layers, norms, strict=True):
+            table = self.tables[layer.rope]
+            x, residual = layer.forward(x, residual, following, table, self.batch)
+        logits: torch.Tensor = self.head(x if keep is None else x[keep])  # [B, V]
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -1,0 +1,161 @@
+"""Random work for the kernels that fold in a LoRA delta: which rows take what, and their `h`.
+
+Whatever no row owns is NaN. All is made on the CPU, so that a seed means the same everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from kernel_cases import int32, make_segments, make_site, poisoned
+
+from loramux.kernels import Expand, LoRASite, Segments, WorkList
+
+Span = tuple[int, int, list[int]]
+"""First row, end row, first pool rows of the members (none: base rows)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step's work on one layer, said in each of the forms the ops take."""
+
+    site: LoRASite
+    segments: Segments
+    work: WorkList
+    expand: Expand
+    width: int
+    """Columns of `h` a slice needs."""
+
+    touched: torch.Tensor
+    """[T] bool: rows in a chunk."""
+
+
+def make_work(spans: list[Span], columns: dict[int, int], rows_per_chunk: int) -> WorkList:
+    """The chunks of `spans`, base rows first; `columns` by first pool row. Lists have spare room."""
+    offsets, rows, scales = [0], [], []
+    for _, _, members in spans:
+        rows += members
+        scales += [0.5 + torch.rand(()).item() for _ in members]
+        offsets.append(len(rows))
+    chunks = [
+        [first, min(first + rows_per_chunk, end), offsets[i], offsets[i + 1]]
+        for i, (start, end, _) in enumerate(spans)
+        for first in range(start, end, rows_per_chunk)
+    ]
+    chunks.sort(key=lambda chunk: chunk[3] > chunk[2])
+    bare = sum(chunk[2] == chunk[3] for chunk in chunks)
+    spare = [[0, 2**30, 0, 2**30]] * 3  # read, these would not go unnoticed
+    return WorkList(
+        chunks=int32([*chunks, *spare]),
+        counts=int32([bare, len(chunks)]),
+        member_rows=int32([*rows, 2**30]),
+        member_columns=int32([*(columns[p] for p in rows), 2**30]),
+        member_scales=torch.tensor([*scales, float("nan")]),
+        rows_per_chunk=rows_per_chunk,
+        max_chunks=len(chunks) + 2,
+    )
+
+
+def make_h(
+    site: LoRASite, work: WorkList, tokens: int, parts: int, width: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[P, T, S * width], a view of wider rows. Its sums are exact in float32, in any order."""
+    slices = site.num_slices
+    wide = poisoned(parts, tokens, slices * width + 16, dtype=dtype)
+    h = wide[..., 16:]
+    for first, end, start, stop in work.chunks[: int(work.counts[1])].tolist():
+        for m in range(start, stop):
+            p, column = int(work.member_rows[m]), int(work.member_columns[m])
+            for s in range(slices):
+                r = int(site.row_r[s, p])
+                own = slice(column * slices + s, (column + r) * slices, slices)
+                values = torch.randn(parts, end - first, r)  # [P, t, r]
+                h[:, first:end, own] = ((values * 512).round() / 512).to(dtype)
+    return h
+
+
+def make_case(
+    slice_starts: tuple[int, ...],
+    adapters: list[tuple[int, int]],
+    spans: list[Span],
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    h_dtype: torch.dtype = torch.float32,
+    parts: int = 1,
+    rows_per_chunk: int = 16,
+    untouched: tuple[tuple[int, int], ...] = (),
+    features: int = 1,
+    under: bool = False,
+) -> Case:
+    """`adapters` are (first pool row, rank), `untouched` (slice, first pool row). `under`: the A
+    matrices stand where they would under a base weight, and so do the columns of `h`."""
+    site = make_site(slice_starts, features, adapters, dtype, untouched)
+    if under:
+        stacked = site.a.transpose(0, 1).contiguous()  # [R, S, in]
+        site = replace(site, a=stacked.transpose(0, 1))
+        columns, width = {p: p for p, _ in adapters}, site.a.shape[1]
+    else:
+        columns, width = {}, 2
+        for p, r in reversed(adapters):
+            columns[p] = width
+            width += r + 1
+    work = make_work(spans, columns, rows_per_chunk)
+    h = make_h(site, work, tokens, parts, width, h_dtype)
+    touched = torch.zeros(tokens, dtype=torch.bool)
+    for start, end, _ in spans:
+        touched[start:end] = True
+    segments = replace(make_segments(spans), member_scales=work.member_scales[:-1])
+    return Case(site, segments, work, Expand(site, h, work), width, touched)
+
+
+def _site_to(site: LoRASite, device: str) -> LoRASite:
+    # `to` keeps the strides of `a`, and so the layout under a base weight.
+    return LoRASite(
+        site.a.to(device),
+        site.b.to(device),
+        site.slice_starts,
+        site.row_r.to(device),
+        site.row_scale.to(device),
+    )
+
+
+def _work_to(work: WorkList, device: str) -> WorkList:
+    return replace(
+        work,
+        chunks=work.chunks.to(device),
+        counts=work.counts.to(device),
+        member_rows=work.member_rows.to(device),
+        member_columns=work.member_columns.to(device),
+        member_scales=work.member_scales.to(device),
+    )
+
+
+def expand_to(expand: Expand, device: str) -> Expand:
+    return Expand(
+        _site_to(expand.site, device), strided_to(expand.h, device), _work_to(expand.work, device)
+    )
+
+
+def strided_to(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """`tensor` [..., N] on `device`, still a view into wider rows of NaN."""
+    wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 16), float("nan")).to(device)
+    return wide[..., 16:].copy_(tensor)
+
+
+def in_float64(expand: Expand) -> Expand:
+    """For the twins: the same delta in float64, `h` summed and rounded as its text says."""
+    site = expand.site
+    h = expand.h.float().sum(0, keepdim=True).to(site.b.dtype)  # [1, T, W]
+    wide = LoRASite(
+        site.a.double(), site.b.double(), site.slice_starts, site.row_r, site.row_scale.nan_to_num()
+    )
+    return Expand(wide, h.double(), expand.work)
+
+
+def for_twins(expand: Expand) -> Expand:
+    """The same delta for the twins, which multiply scales of slices that are left alone."""
+    return Expand(
+        replace(expand.site, row_scale=expand.site.row_scale.nan_to_num()), expand.h, expand.work
+    )
