@@ -41,6 +41,7 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
         "--seed 3 --max-model-len 512 --block-size 8 --kv-cache-memory-bytes 512MiB "
         "--gpu-memory-utilization 0.5 --no-enable-prefix-caching --max-num-seqs 4 "
         "--max-num-batched-tokens 64 --max-queue-len 9 --adapter-patience-s 1.5 "
+        "--async-scheduling --enforce-eager --load-format dummy --cudagraph-capture-sizes 1 2 "
         "--chat-template c --enable-lora --max-lora-rank 24 --max-loras 3 --max-cpu-loras 5 "
         "--lora-dtype float32 --lora-target-modules q_proj v_proj --fully-sharded-loras "
         "--enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format "
