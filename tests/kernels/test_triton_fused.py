@@ -181,6 +181,10 @@ def test_silu_mul(dtype: torch.dtype, device: str) -> None:
         (F16, F16, "silu", (0, 400), 4, 64),  # one slice for both
         (F32, BF16, "silu", (0, 384, 768), 8, 64),
         (F32, F32, "gelu_tanh", (0, 100, 300, 400), 1, 16),  # slices cut anywhere
+        (BF16, BF16, "silu", (0, 384, 768), 1, 4),  # row by row from here on
+        (F16, F32, "gelu_tanh", (0, 96, 192), 3, 4),
+        (F32, BF16, "silu", (0, 512), 2, 2),
+        (BF16, BF16, "silu", (0, 100, 300, 400), 1, 4),  # slices cut anywhere: products
     ],
 )
 def test_gated_with_delta(
@@ -309,6 +313,9 @@ def test_rope_kv_with_norms(shape: tuple[int, int, int, int], mode: NormMode, de
         (F16, F16, (2, 2, 80, 80), 1, "gemma", 1, 64),
         (F32, BF16, (6, 3, 16, 8), 3, "plain", 4, 64),
         (F32, F32, (3, 1, 64, 64), 2, None, 1, 16),
+        (BF16, BF16, (3, 1, 64, 64), 3, None, 1, 4),
+        (BF16, F32, (3, 1, 96, 48), 3, "llama", 2, 4),
+        (F16, F16, (2, 2, 80, 80), 1, "gemma", 1, 3),
     ],
 )
 def test_rope_kv_with_delta(

@@ -10,6 +10,7 @@ from work_lists import Span, expand_to, in_float64, make_case, strided_to
 from loramux.kernels import Expand, reference, shrink_parts
 
 triton_lora = pytest.importorskip("loramux.kernels.triton_lora")
+triton_shrink = pytest.importorskip("loramux.kernels.triton_shrink")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
@@ -41,7 +42,7 @@ def check_expand(y: torch.Tensor, expand: Expand, device: str) -> None:
     reference.lora_expand(wanted, in_float64(expand))
     actual = expanded(y, expand, device)
     touched = torch.zeros(len(y), dtype=torch.bool)
-    for first, end, _, _ in expand.work.chunks[
+    for first, end, *_ in expand.work.chunks[
         int(expand.work.counts[0]) : int(expand.work.counts[1])
     ].tolist():
         touched[first:end] = True
@@ -68,6 +69,9 @@ def test_expand_of_every_pair_of_dtypes(
         ((0, 256, 512), 2, 64, F32),
         ((0, 0, 130, 130), 3, 16, F16),
         ((0, 16), 16, 64, F32),
+        ((0, 576), 1, 4, BF16),
+        ((0, 256, 384, 512), 4, 4, F32),
+        ((0, 0, 130, 130), 3, 4, F16),
     ],
 )
 def test_expand_of_parts_and_slices(
@@ -105,9 +109,9 @@ def check_shrink(
         x[first:end] = x[first:end] if members else float("nan")
     slices, work = len(starts) - 1, expand_to(case.expand, device)
     h = poisoned(parts, TOKENS, case.width * slices, dtype=F32).to(device)
-    triton_lora.lora_shrink(strided_to(x, device), work.site, work.work, h)
+    triton_shrink.lora_shrink(strided_to(x, device), work.site, work.work, h)
     wanted = poisoned(TOKENS, case.width * slices, dtype=torch.float64)
-    for first, end, start, stop in case.work.chunks[: int(case.work.counts[1])].tolist():
+    for first, end, start, stop, *_ in case.work.chunks[: int(case.work.counts[1])].tolist():
         for m in range(start, stop):
             p, column = int(case.work.member_rows[m]), int(case.work.member_columns[m])
             for s in range(slices):
@@ -137,6 +141,7 @@ def test_shrink_of_dtypes(activations: torch.dtype, weights: torch.dtype, device
         ((0, 8), 1, 4, 16, False),  # more parts than there is work for
         ((0, 3, 5, 8), 300, 8, 16, True),
         ((0, 3, 5, 8), 128, 1, 64, True),
+        ((0, 3, 5, 8), 128, 2, 4, True),
     ],
 )
 def test_shrink_of_sizes(
@@ -151,7 +156,7 @@ def test_shrink_then_expand_is_the_delta(device: str) -> None:
     wanted = lora_oracle(y, x, case.site, case.segments)
     there = expand_to(case.expand, device)
     h = poisoned(2, TOKENS, case.width * 2, dtype=F32).to(device)
-    triton_lora.lora_shrink(x.to(device), there.site, there.work, h)
+    triton_shrink.lora_shrink(x.to(device), there.site, there.work, h)
     out = expanded(y, Expand(case.site, h.cpu(), case.work), device)
     assert_close(out, wanted, floor=2e-4)
 

@@ -31,7 +31,14 @@ class Case:
     """[T] bool: rows in a chunk."""
 
 
-def make_work(spans: list[Span], columns: dict[int, int], rows_per_chunk: int) -> WorkList:
+def bits(value: float) -> int:
+    """Of a float32."""
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+
+
+def make_work(
+    spans: list[Span], columns: dict[int, int], ranks: dict[int, int], rows_per_chunk: int
+) -> WorkList:
     """The chunks of `spans`, base rows first; `columns` by first pool row. Lists have spare room."""
     offsets, rows, scales = [0], [], []
     for _, _, members in spans:
@@ -45,13 +52,19 @@ def make_work(spans: list[Span], columns: dict[int, int], rows_per_chunk: int) -
     ]
     chunks.sort(key=lambda chunk: chunk[3] > chunk[2])
     bare = sum(chunk[2] == chunk[3] for chunk in chunks)
-    spare = [[0, 2**30, 0, 2**30]] * 3  # read, these would not go unnoticed
+    for chunk in chunks:
+        p = rows[chunk[2]] if chunk[2] < chunk[3] else None
+        first = [0] * 4 if p is None else [p, columns[p], bits(scales[chunk[2]]), ranks[p]]
+        chunk += first
+    # Acted upon, these would not go unnoticed; those within `max_chunks` have no rows.
+    spare = [[0, rows, 0, 2**30, 2**30, 2**30, bits(1.0), 2**30] for rows in (0, 0, 2**30)]
     return WorkList(
         chunks=int32([*chunks, *spare]),
         counts=int32([bare, len(chunks)]),
         member_rows=int32([*rows, 2**30]),
         member_columns=int32([*(columns[p] for p in rows), 2**30]),
         member_scales=torch.tensor([*scales, float("nan")]),
+        member_ranks=int32([*(ranks[p] for p in rows), 2**30]),
         rows_per_chunk=rows_per_chunk,
         max_chunks=len(chunks) + 2,
     )
@@ -64,7 +77,7 @@ def make_h(
     slices = site.num_slices
     wide = poisoned(parts, tokens, slices * width + 16, dtype=dtype)
     h = wide[..., 16:]
-    for first, end, start, stop in work.chunks[: int(work.counts[1])].tolist():
+    for first, end, start, stop, *_ in work.chunks[: int(work.counts[1])].tolist():
         for m in range(start, stop):
             p, column = int(work.member_rows[m]), int(work.member_columns[m])
             for s in range(slices):
@@ -101,7 +114,7 @@ def make_case(
         for p, r in reversed(adapters):
             columns[p] = width
             width += r + 1
-    work = make_work(spans, columns, rows_per_chunk)
+    work = make_work(spans, columns, dict(adapters), rows_per_chunk)
     h = make_h(site, work, tokens, parts, width, h_dtype)
     touched = torch.zeros(tokens, dtype=torch.bool)
     for start, end, _ in spans:
@@ -129,6 +142,7 @@ def _work_to(work: WorkList, device: str) -> WorkList:
         member_rows=work.member_rows.to(device),
         member_columns=work.member_columns.to(device),
         member_scales=work.member_scales.to(device),
+        member_ranks=work.member_ranks.to(device),
     )
 
 

@@ -115,6 +115,7 @@ def test_a_packed_step_says_what_its_rows_say():
         *(packed, host, rows, 16),
         previous={3: 6},
         columns={((16, 0.5),): [16]},
+        ranks={16: 8},
         rows_per_chunk=2,
     )
     arrays = packed.arrays(host)
@@ -126,8 +127,12 @@ def test_a_packed_step_says_what_its_rows_say():
     assert arrays["page_starts"][:4].tolist() == [0, 2, 3, 4]
     assert arrays["pages"][:4].tolist() == [3, 9, 4, 2]
     assert arrays["last_page_lens"][:3].tolist() == [2, 3, 16]
-    chunks = arrays["chunks"][:12].reshape(3, 4)
-    assert chunks.tolist() == [[0, 2, 0, 0], [2, 4, 0, 0], [4, 5, 0, 1]]
+    chunks = arrays["chunks"][:24].reshape(3, 8)
+    half = int(np.float32(0.5).view(np.int32))
+    wanted = [[0, 2, 0, 0], [2, 4, 0, 0], [4, 5, 0, 1]]
+    assert chunks[:, :4].tolist() == wanted
+    assert chunks[:, 4:].tolist() == [[0] * 4, [0] * 4, [16, 16, half, 8]]
+    assert arrays["member_ranks"][0] == 8
     assert arrays["counts"].tolist() == [2, 3]
     assert np.isclose(arrays["member_scales"][0], 0.5)
 
@@ -136,7 +141,7 @@ def test_padding_writes_nowhere_and_reads_one_position():
     rows = [row(1, (5,), 0, (3,))]
     packed = PackedStep(Capacity(8, 8, 8, 32), torch.device("cpu"))
     host = packed.next_host()
-    shape = fill(*(packed, host, rows, 16), previous={}, columns={}, rows_per_chunk=16, pad_to=4)
+    shape = fill(*(packed, host, rows, 16), previous={}, columns={}, ranks={}, rows_per_chunk=16, pad_to=4)
     arrays = packed.arrays(host)
     assert shape.tokens == shape.sequences == shape.kept == 4
     assert arrays["slots"][:4].tolist() == [48, -1, -1, -1]

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loramux.bench.process import SOURCE_ROOT, BenchError
+from loramux.bench.process import BenchError, environment
 from loramux.bench.system import System, open_ours
 from loramux.bench.worker import take_stdout
 
@@ -139,7 +139,6 @@ def run_worker(
     """
     path, log = folder / f"{name}.json", folder / f"{name}.log"
     job.write(path)
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*command, str(path)],
@@ -147,7 +146,7 @@ def run_worker(
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
-            env=environment,
+            env=environment(),
         )
         watchdog = threading.Timer(patience_s, process.kill)
         watchdog.start()

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from loramux.bench.case import linear_shapes
+from loramux.engine.packing import chunk_rows
 from loramux.kernels import (
     Expand,
     LoRASite,
@@ -128,14 +129,16 @@ class KernelSet:
         Behind a product with A rows a member stands in the columns of its pool rows; a kernel of
         its own writes each token's ranks from column 0.
         """
-        rows_per_chunk = 16 if batch <= 256 else 64
+        rows_per_chunk = chunk_rows(batch)
         cuts = [-(-k * batch // adapters) for k in range(adapters + 1)]
-        chunks = [
-            [start, min(start + rows_per_chunk, cuts[k + 1]), k, k + 1]
-            for k in range(adapters)
-            for start in range(cuts[k], cuts[k + 1], rows_per_chunk)
-        ]
         rows = [k * self.r for k in range(adapters)]
+        columns = rows if in_product else [0] * adapters
+        one = int(torch.ones(1).view(torch.int32))  # the bits of the scale
+        chunks = [
+            [at, min(at + rows_per_chunk, cuts[k + 1]), k, k + 1, rows[k], columns[k], one, self.r]
+            for k in range(adapters)
+            for at in range(cuts[k], cuts[k + 1], rows_per_chunk)
+        ]
 
         def ints(values: list[Any]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=self.device)
@@ -144,8 +147,9 @@ class KernelSet:
             chunks=ints(chunks),
             counts=ints([0, len(chunks)]),
             member_rows=ints(rows),
-            member_columns=ints(rows if in_product else [0] * adapters),
+            member_columns=ints(columns),
             member_scales=torch.ones(adapters, device=self.device),
+            member_ranks=ints([self.r] * adapters),
             rows_per_chunk=rows_per_chunk,
             max_chunks=len(chunks),
         )

@@ -17,6 +17,12 @@ from loramux.bench.report import Row, make_row
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
+def environment() -> dict[str, str]:
+    """Of a worker: it sees this very source, and never looks for a hub."""
+    paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
 class BenchError(Exception):
     """A worker did not do what it was asked; the message carries the end of its log."""
 
@@ -42,7 +48,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log_file,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "HF_HUB_OFFLINE": "1"},
+            env=environment(),
         )
         return self
 

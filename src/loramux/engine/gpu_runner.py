@@ -27,7 +27,16 @@ from loramux.engine.graphs import (
     graph_sizes,
 )
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser, row_buckets
-from loramux.engine.packing import Capacity, PackedStep, Run, StepShape, fill, runs_of
+from loramux.engine.packing import (
+    CHUNK_WORDS,
+    Capacity,
+    PackedStep,
+    Run,
+    StepShape,
+    chunk_rows,
+    fill,
+    runs_of,
+)
 from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
 from loramux.engine.runner import Runner
 from loramux.engine.sampler import Choice, Sampler
@@ -38,9 +47,7 @@ from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
 
-DECODE_CHUNK = 16  # rows that a LoRA program takes together
-PREFILL_CHUNK = 64
-MANY_TOKENS = 512  # from here on chunks are large: B is read once a chunk
+MEMBERS_A_ROW = 4  # room for adapters in the buffer of a decode step, copied whole
 
 
 @dataclass(slots=True)
@@ -129,6 +136,7 @@ class GpuRunner(Runner):
             *(packed, host, rows, self.block_size),
             previous=self._previous,
             columns=choice.columns if choice else {},
+            ranks=self._ranks,
             rows_per_chunk=rows_per_chunk,
             pad_to=pad_to,
         )
@@ -163,7 +171,7 @@ class GpuRunner(Runner):
         self, rows: Sequence[Row], key: GraphKey, captured: Captured, choice: LoRAChoice | None
     ) -> StepOutput:
         packed = self._decode
-        host, shape = self._fill(packed, rows, choice, DECODE_CHUNK, pad_to=key.tokens)
+        host, shape = self._fill(packed, rows, choice, chunk_rows(key.tokens), pad_to=key.tokens)
         self._plan_decode(packed, host, key.tokens)
         packed.send(host, shape.words)
         captured.graph.replay()
@@ -177,7 +185,7 @@ class GpuRunner(Runner):
 
     def _prepare_capture(self, key: GraphKey) -> None:
         """An empty step of the key's size: padding only."""
-        host, shape = self._fill(self._decode, (), None, DECODE_CHUNK, pad_to=key.tokens)
+        host, shape = self._fill(self._decode, (), None, chunk_rows(key.tokens), pad_to=key.tokens)
         self._plan_decode(self._decode, host, key.tokens)
         self._decode.send(host, shape.words)
 
@@ -185,8 +193,9 @@ class GpuRunner(Runner):
         count, packed = key.tokens, self._decode
         lora = None
         if key.adapters:
-            bound = count if not key.active else min(count, count // DECODE_CHUNK + key.active + 1)
-            lora = self._lora_step(packed, bound, DECODE_CHUNK, key.base_rows, self._graph_width)
+            step = chunk_rows(count)
+            bound = count if not key.active else min(count, count // step + key.active + 1)
+            lora = self._lora_step(packed, bound, step, key.base_rows, self._graph_width)
         lists = (list(range(count + 1)), [1] * count)
         attention = self._attention_batch(packed, count, 1, lists, self._blocks_per_sequence)
         return self._forward(packed, count, None, attention, lora)
@@ -220,7 +229,7 @@ class GpuRunner(Runner):
     def _run_eagerly(self, rows: Sequence[Row], choice: LoRAChoice | None) -> StepOutput:
         packed = self._mixed
         tokens = sum(len(row.token_ids) for row in rows)
-        rows_per_chunk = PREFILL_CHUNK if tokens >= MANY_TOKENS else DECODE_CHUNK
+        rows_per_chunk = chunk_rows(tokens)
         host, shape = self._fill(packed, rows, choice, rows_per_chunk)
         count = shape.sequences
         starts = packed.view(host, "query_starts")[: count + 1]
@@ -318,11 +327,12 @@ class GpuRunner(Runner):
     ) -> LoRAStep:
         view, buffer = packed.view, packed.device
         work = WorkList(
-            chunks=view(buffer, "chunks")[: 4 * chunks].view(chunks, 4),
+            chunks=view(buffer, "chunks")[: CHUNK_WORDS * chunks].view(chunks, CHUNK_WORDS),
             counts=view(buffer, "counts"),
             member_rows=view(buffer, "member_rows"),
             member_columns=view(buffer, "member_columns"),
             member_scales=view(buffer, "member_scales"),
+            member_ranks=view(buffer, "member_ranks"),
             rows_per_chunk=rows_per_chunk,
             max_chunks=chunks,
         )
@@ -338,7 +348,9 @@ class GpuRunner(Runner):
         pages = sequences * (self._blocks_per_sequence + 1)
         members = sequences * (config.lora.max_loras if config.lora else 1)
         largest = max(graph_sizes(sequences))
-        self._decode = PackedStep(Capacity(largest, largest, members, pages), self._device)
+        # Compositions are mostly short; a step with more members in all runs without a graph.
+        few = min(members, MEMBERS_A_ROW * largest)
+        self._decode = PackedStep(Capacity(largest, largest, few, pages), self._device)
         tokens = max(config.max_num_batched_tokens, sequences)
         self._mixed = PackedStep(Capacity(tokens, sequences, members, pages), self._device)
         self._chosen = torch.zeros(max(largest, sequences), dtype=torch.int64, device=self._device)

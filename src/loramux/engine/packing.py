@@ -19,6 +19,9 @@ from loramux.engine.plan import PENDING, Row
 
 Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
+CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
+CHUNKS = ((64, 4), (511, 16))  # (tokens, rows that a LoRA program then takes together)
+LARGEST_CHUNK = 64  # B is read once a chunk: the more tokens, the larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,12 @@ class Capacity:
             "positions": self.tokens,
             "slots": self.tokens,
             "keep": self.sequences,
-            "chunks": 4 * chunks,
+            "chunks": CHUNK_WORDS * chunks,
             "counts": 2,
             "member_rows": self.members,
             "member_columns": self.members,
             "member_scales": self.members,  # the bits of a float32
+            "member_ranks": self.members,
             "query_starts": self.sequences + 1,
             "context_lens": self.sequences,
             "page_starts": self.sequences + 1,
@@ -135,6 +139,11 @@ def _offsets(lengths: list[int]) -> list[int]:
     return starts
 
 
+def chunk_rows(tokens: int) -> int:
+    """Rows of the chunks of a step of so many tokens."""
+    return next((rows for most, rows in CHUNKS if tokens <= most), LARGEST_CHUNK)
+
+
 def runs_of(rows: Sequence[Row]) -> list[Run]:
     """Rows with equal members, joined where they are neighbours."""
     runs: list[Run] = []
@@ -157,20 +166,23 @@ def fill(
     *,
     previous: Mapping[int, int],
     columns: Mapping[Members, Sequence[int]],
+    ranks: Mapping[int, int],
     rows_per_chunk: int,
     pad_to: int = 0,
 ) -> StepShape:
     """Write a step into `host`.
 
     `previous` says where in the step before a sequence's token was chosen, `columns` where in `h`
-    the members of a composition stand. Rows up to `pad_to` are filled with tokens that write nothing
+    the members of a composition stand, `ranks` how many rank rows the adapter of a pool row has. Rows up to `pad_to` are filled with tokens that write nothing
     and attend to one position of block 0.
     """
     arrays = packed.arrays(host)
     tokens = _fill_tokens(arrays, rows, block_size, previous)
     kept, longest = _fill_sequences(arrays, rows, block_size)
     runs = runs_of(rows)
-    chunks = _fill_chunks(arrays, runs, columns, rows_per_chunk)
+    chunks = _fill_chunks(arrays, runs, columns, ranks, rows_per_chunk)
+    # A captured graph looks at as many as it has rows.
+    arrays["chunks"][CHUNK_WORDS * chunks : CHUNK_WORDS * pad_to] = 0
     pages = int(arrays["page_starts"][len(rows)])
     count = len(rows)
     if pad_to > count:
@@ -244,26 +256,47 @@ def _fill_chunks(
     arrays: dict[str, Array],
     runs: list[Run],
     columns: Mapping[Members, Sequence[int]],
+    ranks: Mapping[int, int],
     rows_per_chunk: int,
 ) -> int:
-    """The work list, see `WorkList`; how many chunks it has."""
-    chunks: list[tuple[int, int, int, int]] = []
-    plain = member = 0
-    for run in runs:
-        stop = member + len(run.members)
-        for (row, scale), column in zip(run.members, columns.get(run.members, ()), strict=True):
-            arrays["member_rows"][member] = row
-            arrays["member_columns"][member] = column
-            arrays["member_scales"][member] = scale
-            member += 1
+    """The work list, see `WorkList`; how many chunks it has. Runs of the base model come first."""
+    members: list[tuple[int, int, float, int]] = []
+    chunks: list[tuple[int, ...]] = []
+    firsts: list[int] = []  # of the chunks with members, their first one
+    plain = 0
+    for run in sorted(runs, key=lambda run: bool(run.members)):
         cuts = range(run.start, run.end, rows_per_chunk)
-        chunks += [
-            (c, min(c + rows_per_chunk, run.end), stop - len(run.members), stop) for c in cuts
-        ]
-        plain += 0 if run.members else len(cuts)
-    arrays["chunks"][: 4 * len(chunks)] = np.asarray(chunks, dtype=np.int32).ravel()
+        first = len(members)
+        for (row, scale), column in zip(run.members, columns.get(run.members, ()), strict=True):
+            members.append((row, column, scale, ranks[row]))
+        stop = len(members)
+        chunks += [(cut, min(cut + rows_per_chunk, run.end), first, stop) for cut in cuts]
+        if run.members:
+            firsts += [first] * len(cuts)
+        else:
+            plain += len(cuts)
+    table = arrays["chunks"][: CHUNK_WORDS * len(chunks)].reshape(-1, CHUNK_WORDS)
+    table[:, :4] = chunks or np.empty((0, 4))
+    table[:plain, 4:] = 0
+    if members:
+        lists = _fill_members(arrays, members)
+        table[plain:, 4:] = lists[firsts]
     arrays["counts"][:] = (plain, len(chunks))
     return len(chunks)
+
+
+def _fill_members(arrays: dict[str, Array], members: list[tuple[int, int, float, int]]) -> Array:
+    """The lists of the members; and as words [M, 4]: row, column, bits of the scale, rank."""
+    rows, columns, scales, ranks = zip(*members, strict=True)
+    lists = np.empty((len(members), 4), np.int32)
+    lists[:, 0], lists[:, 1], lists[:, 3] = rows, columns, ranks
+    lists[:, 2] = np.asarray(scales, np.float32).view(np.int32)
+    count = len(members)
+    arrays["member_rows"][:count] = lists[:, 0]
+    arrays["member_columns"][:count] = lists[:, 1]
+    arrays["member_scales"][:count] = scales
+    arrays["member_ranks"][:count] = lists[:, 3]
+    return lists
 
 
 def _pad(arrays: dict[str, Array], tokens: int, count: int, pages: int, pad_to: int) -> None:

@@ -185,9 +185,10 @@ def _even_work(tokens: int, rows: int, site: LoRASite) -> tuple[WorkList, LoRASi
         adapters = max(1, min(rows // 16, tokens))
         step = 16 if tokens < 512 else 64
         share = -(-tokens // adapters)
+        one = int(torch.ones(1).view(torch.int32))  # the bits of the scale
         chunks = [
-            (at, min(at + step, start + share, tokens), start // share, start // share + 1)
-            for start in range(0, tokens, share)
+            (at, min(at + step, start + share, tokens), m, m + 1, 16 * m, 0, one, 16)
+            for m, start in enumerate(range(0, tokens, share))
             for at in range(start, min(start + share, tokens), step)
         ]
         firsts = torch.arange(adapters, dtype=torch.int32, device=device) * 16  # [M]
@@ -197,6 +198,7 @@ def _even_work(tokens: int, rows: int, site: LoRASite) -> tuple[WorkList, LoRASi
             member_rows=firsts,
             member_columns=torch.zeros_like(firsts),
             member_scales=torch.ones(adapters, device=device),
+            member_ranks=torch.full_like(firsts, 16),
             rows_per_chunk=step,
             max_chunks=len(chunks),
         )

@@ -108,7 +108,9 @@ class WorkList:
     """
 
     chunks: torch.Tensor
-    """[C, 4] int32: first row, end row, first member, end member. C >= the chunks in use."""
+    """[C, 8] int32: first row, end row, first member, end member; and again what stands in the
+    lists below of the first member: row, column, bits of the scale, rank (a kernel then waits for
+    memory once less). From the chunks in use to `max_chunks` <= C they have no rows (0, 0)."""
 
     counts: torch.Tensor
     """[2] int32: chunks without members, chunks in use."""
@@ -122,8 +124,11 @@ class WorkList:
     member_scales: torch.Tensor
     """[M] float32: the request's own factor, on top of `LoRASite.row_scale`."""
 
+    member_ranks: torch.Tensor
+    """[M] int32: rank rows of each member's adapter, its largest rank in any module."""
+
     rows_per_chunk: int
-    """Rows of the largest chunk: 16 or 64."""
+    """Rows of the largest chunk: 4, 16 or 64."""
 
     max_chunks: int
     """No step has more chunks than this."""

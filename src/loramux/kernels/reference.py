@@ -62,7 +62,7 @@ def _members(work: WorkList) -> list[tuple[int, int, int, int, float]]:
     scales = work.member_scales.tolist()
     return [
         (first, end, rows[m], columns[m], scales[m])
-        for first, end, start, stop in chunks
+        for first, end, start, stop, *_ in chunks
         for m in range(start, stop)
     ]
 

@@ -15,11 +15,18 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from loramux.kernels.arguments import Activation, Expand
 from loramux.kernels.triton_lora import (
     COLUMNS,
+    MATRIX_ROWS,
     chunk_delta,
     chunk_of,
+    few_columns,
+    first_delta,
+    first_h,
+    first_tile,
     kernel_arguments,
     programs,
+    rest_delta,
     rounded,
+    slice_at,
 )
 
 PLAIN_ROWS, PLAIN_COLUMNS = 4, 512
@@ -27,6 +34,16 @@ PLAIN_ROWS, PLAIN_COLUMNS = 4, 512
 
 TOKENS = 256
 """Tokens that one program of `take_tokens` looks at."""
+
+
+@triton.jit
+def _gate(left, right, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """activation(left) * right, float32, rounded to `dtype` in between."""
+    if ACTIVATION == "silu":
+        slope = left
+    else:  # gelu's tanh form: (1 + tanh(u)) / 2 is the sigmoid of 2 u
+        slope = 1.5957691216057308 * (left + 0.044715 * left * left * left)
+    return rounded(left / (1.0 + tl.exp(-slope)), dtype).to(tl.float32) * right
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -42,13 +59,13 @@ def _gated(
         end = tl.load(lora.counts + 1) * TILES
     for item in range(tl.program_id(0), end, tl.num_programs(0)):
         if lora is None:
-            first_row = item // TILES * ROWS
-            end_row = count
+            rows = item // TILES * ROWS + tl.arange(0, ROWS)
+            row_mask = rows < count
         else:
-            first_row, end_row, first, stop = chunk_of(lora, item // TILES)
+            chunk = chunk_of(lora, item // TILES)
+            rows = chunk[0] + tl.arange(0, ROWS)
+            row_mask = rows < chunk[1]
         low = item % TILES * COLS
-        rows = first_row + tl.arange(0, ROWS)
-        row_mask = rows < end_row
         columns = low + tl.arange(0, COLS)
         here = columns < SIZE
         mask = row_mask[:, None] & here[None, :]
@@ -59,21 +76,61 @@ def _gated(
         right = right.to(tl.float32)  # [ROWS, COLS]
         if lora is not None:
             left += chunk_delta(
-                lora, first, stop, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
+                lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
             )
             right += chunk_delta(
-                lora, first, stop, rows, row_mask, SIZE + low, SIZE + columns, here, STARTS, PARTS,
+                lora, chunk, rows, row_mask, SIZE + low, SIZE + columns, here, STARTS, PARTS,
                 ROWS, COLS,
             )  # fmt: skip
             left = rounded(left, gate.dtype.element_ty).to(tl.float32)
             right = rounded(right, up.dtype.element_ty).to(tl.float32)
-        if ACTIVATION == "silu":
-            slope = left
-        else:  # gelu's tanh form: (1 + tanh(u)) / 2 is the sigmoid of 2 u
-            slope = 1.5957691216057308 * (left + 0.044715 * left * left * left)
-        left = rounded(left / (1.0 + tl.exp(-slope)), gate.dtype.element_ty).to(tl.float32)
+        value = _gate(left, right, gate.dtype.element_ty, ACTIVATION)
         at = out + wide * SIZE + columns[None, :]
-        tl.store(at, rounded(left * right, out.dtype.element_ty), mask=mask)
+        tl.store(at, rounded(value, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_rows(
+    gate, gate_stride, up, up_stride, out, lora,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One item a program; those of the chunks that are not in use find no rows."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    WIDTH: tl.constexpr = STARTS[SLICES]
+    TILES: tl.constexpr = SIZE // COLS
+    dtype: tl.constexpr = gate.dtype.element_ty
+    item = tl.program_id(0)
+    chunk = chunk_of(lora, item // TILES)
+    if chunk[0] < chunk[1]:
+        low = item % TILES * COLS
+        columns = low + tl.arange(0, COLS)
+        here = columns < SIZE
+        s, t = slice_at(low, STARTS), slice_at(SIZE + low, STARTS)
+        gate_tile = first_tile(lora, chunk, s, columns, here, WIDTH)
+        up_tile = first_tile(lora, chunk, t, SIZE + columns, here, WIDTH)
+        # A row's inputs are asked for before those of the row in front of it are used.
+        wide = tl.cast(chunk[0], tl.int64)
+        one = tl.load(gate + wide * gate_stride + columns)  # [COLS]
+        other = tl.load(up + wide * up_stride + columns)  # [COLS]
+        gate_h = first_h(lora, chunk, chunk[0], s, SLICES, PARTS)
+        up_h = first_h(lora, chunk, chunk[0], t, SLICES, PARTS)
+        for row in range(chunk[0], chunk[1]):
+            left = one.to(tl.float32) + first_delta(gate_tile, gate_h)
+            right = other.to(tl.float32) + first_delta(up_tile, up_h)
+            left += rest_delta(lora, chunk, gate_tile, row, s, columns, here, STARTS, PARTS)
+            right += rest_delta(lora, chunk, up_tile, row, t, SIZE + columns, here, STARTS, PARTS)
+            left = rounded(left, dtype).to(tl.float32)
+            right = rounded(right, dtype).to(tl.float32)
+            value = _gate(left, right, dtype, ACTIVATION)
+            at = out + tl.cast(row, tl.int64) * SIZE + columns
+            tl.store(at, rounded(value, out.dtype.element_ty))
+            after = tl.minimum(row + 1, chunk[1] - 1)
+            wide = tl.cast(after, tl.int64)
+            one = tl.load(gate + wide * gate_stride + columns)
+            other = tl.load(up + wide * up_stride + columns)
+            gate_h = first_h(lora, chunk, after, s, SLICES, PARTS)
+            up_h = first_h(lora, chunk, after, t, SLICES, PARTS)
 
 
 def _run_gated(
@@ -81,11 +138,26 @@ def _run_gated(
 ) -> torch.Tensor:
     count, size = gate.shape
     out = torch.empty((count, size), dtype=gate.dtype, device=gate.device)  # [T, I]
+    few = 0 if expand is None else few_columns(expand)
+    if expand is not None and few and size % few == 0:
+        _gated_rows[(expand.work.max_chunks * (size // few),)](
+            gate,
+            gate.stride(0),
+            up,
+            up.stride(0),
+            out,
+            **kernel_arguments(expand),
+            SIZE=size,
+            COLS=few,
+            ACTIVATION=activation,
+            num_warps=1,
+        )
+        return out  # [T, I]
     if expand is None:
         rows, width = PLAIN_ROWS, PLAIN_COLUMNS
         grid = (triton.cdiv(count, rows) * triton.cdiv(size, width),)
     else:
-        rows, width = expand.work.rows_per_chunk, COLUMNS
+        rows, width = max(MATRIX_ROWS, expand.work.rows_per_chunk), COLUMNS
         grid = programs(expand.work.max_chunks * triton.cdiv(size, width), gate.device)
     _gated[grid](
         gate,

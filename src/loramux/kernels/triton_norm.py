@@ -17,10 +17,9 @@ from loramux.kernels.triton_lora import (
     chunk_delta,
     chunk_of,
     kernel_arguments,
+    lora_expand,
     programs,
     rounded,
-    shrunk,
-    slice_bounds,
 )
 
 TILE_ROWS = 16
@@ -101,55 +100,8 @@ def rms_norm(
 
 
 @triton.jit
-def _members_of_row(lora, row, listed, CHUNKS: tl.constexpr):
-    """First and end member of the chunk that holds `row`; none for a row in no chunk.
-
-    All chunks are looked at together: one wait, and each row gets a program of its own."""
-    index = tl.arange(0, CHUNKS)
-    used = tl.load(lora.counts + 1)
-    begin = tl.load(lora.chunks + index * 4, mask=index < listed, other=0)
-    end = tl.load(lora.chunks + index * 4 + 1, mask=index < listed, other=0)
-    mine = (index < used) & (begin <= row) & (row < end)
-    chunk = tl.max(tl.where(mine, index, -1), 0)
-    first = tl.load(lora.chunks + chunk * 4 + 2, mask=chunk >= 0, other=0)
-    stop = tl.load(lora.chunks + chunk * 4 + 3, mask=chunk >= 0, other=0)
-    return first, stop
-
-
-@triton.jit
-def _row_delta(
-    lora, first, stop, row, columns,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """The delta of one whole row [BLOCK] float32, `RANKS` rows of b at a time."""
-    SLICES: tl.constexpr = len(STARTS) - 1
-    WIDTH: tl.constexpr = STARTS[SLICES]
-    total = tl.zeros((BLOCK,), tl.float32)
-    for member in range(first, stop):
-        p = tl.load(lora.member_rows + member)
-        column = tl.load(lora.member_columns + member)
-        scale = tl.load(lora.member_scales + member)
-        for s in range(0, SLICES):
-            begin, end = slice_bounds(s, STARTS)
-            own = (columns >= begin) & (columns < end)
-            r = tl.load(lora.row_r + s * lora.pool_rows + p)
-            factor = scale * tl.load(lora.row_scale + s * lora.pool_rows + p)
-            for k in range(0, r, RANKS):
-                ranks = k + tl.arange(0, RANKS)
-                live = ranks < r
-                at = row.to(tl.int64) * lora.row_stride + (column + ranks) * SLICES + s
-                left = shrunk(lora, at, live, PARTS).to(tl.float32)  # [RANKS]
-                at = (p + ranks).to(tl.int64)[:, None] * WIDTH + columns[None, :]
-                mask = live[:, None] & own[None, :]
-                right = tl.load(lora.b + at, mask=mask, other=0.0).to(tl.float32)
-                total += tl.sum(left[:, None] * right, 0) * factor
-    return total
-
-
-@triton.jit(do_not_specialize=["listed"])
 def _add_norm_row(
-    x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps, listed, lora,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, RANKS: tl.constexpr,
+    x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -158,20 +110,17 @@ def _add_norm_row(
     at = row.to(tl.int64)
     value = tl.load(x + at * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     before = tl.load(residual + at * residual_stride + columns, mask=mask, other=0.0)
-    if lora is not None:
-        first, stop = _members_of_row(lora, row, listed, CHUNKS)
-        value += _row_delta(lora, first, stop, row, columns, STARTS, PARTS, BLOCK, RANKS)
+    factor = tl.load(weight + columns, mask=mask, other=0.0)  # asked for early: it is far away
     value = rounded(value, residual.dtype.element_ty).to(tl.float32)
     if post_weight is not None:
         inverse = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
-        factor = tl.load(post_weight + columns, mask=mask, other=0.0)
-        value = normed(value, inverse, factor, MODE, residual.dtype.element_ty)
+        post_factor = tl.load(post_weight + columns, mask=mask, other=0.0)
+        value = normed(value, inverse, post_factor, MODE, residual.dtype.element_ty)
         value = rounded(value, total.dtype.element_ty).to(tl.float32)
     value = rounded(before.to(tl.float32) + value, total.dtype.element_ty)  # [BLOCK]
     tl.store(total + at * SIZE + columns, value, mask=mask)
     value = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
-    factor = tl.load(weight + columns, mask=mask, other=0.0)
     value = normed(value, inverse, factor, MODE, total.dtype.element_ty)
     tl.store(out + at * SIZE + columns, rounded(value, out.dtype.element_ty), mask=mask)
 
@@ -213,8 +162,8 @@ def _add_norm_tiles(
 
     The sums wait in `total`, which the second pass finds in the cache."""
     for item in range(tl.program_id(0), tl.load(lora.counts + 1) * TILES, tl.num_programs(0)):
-        first_row, end_row, first, stop = chunk_of(lora, item // TILES)
-        first_row += item % TILES * ROWS
+        chunk = chunk_of(lora, item // TILES)
+        first_row, end_row = chunk[0] + item % TILES * ROWS, chunk[1]
         if first_row < end_row:
             rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
             row_mask = rows < end_row
@@ -226,7 +175,7 @@ def _add_norm_tiles(
                 at = x + rows[:, None] * x_stride + columns[None, :]
                 value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
                 value += chunk_delta(
-                    lora, first, stop, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
+                    lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
                 )
                 value = rounded(value, residual.dtype.element_ty)
                 if post_weight is None:
@@ -258,7 +207,13 @@ def add_rms_norm(
     post_weight: torch.Tensor | None = None,
     expand: Expand | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x`, `residual` [T, D] -> (norm of their sum, their sum)."""
+    """`x`, `residual` [T, D] -> (norm of their sum, their sum); `x` may be written to.
+
+    A norm needs a whole row in one program. With few rows few programs would have to load B alone
+    (12 microseconds where the norm takes 2), so many expand first."""
+    if expand is not None and expand.work.rows_per_chunk <= TILE_ROWS:
+        lora_expand(x, expand)
+        expand = None
     count, size = residual.shape
     dtype = residual.dtype
     if post_weight is not None:
@@ -269,7 +224,7 @@ def add_rms_norm(
     arguments = (
         x, x.stride(0), residual, residual.stride(0), weight, post_weight, out, total, eps
     )  # fmt: skip
-    if expand is not None and expand.work.rows_per_chunk > TILE_ROWS:
+    if expand is not None:
         tiles = triton.cdiv(expand.work.rows_per_chunk, TILE_ROWS)
         _add_norm_tiles[programs(expand.work.max_chunks * tiles, x.device)](
             *arguments,
@@ -284,13 +239,8 @@ def add_rms_norm(
         )
         return out, total
     block = triton.next_power_of_2(size)
-    listed = 0 if expand is None else expand.work.max_chunks
     _add_norm_row[(count,)](
         *arguments,
-        listed,
-        **kernel_arguments(expand),
-        CHUNKS=max(64, triton.next_power_of_2(listed)),
-        RANKS=8 if block <= 8192 else 4,
         SIZE=size,
         BLOCK=block,
         MODE=mode,

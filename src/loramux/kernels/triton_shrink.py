@@ -1,0 +1,94 @@
+"""Shrink of LoRA on a GPU: the adapters' A rows against each token's input.
+
+A grid depends on shapes alone, see `triton_lora`.
+"""
+
+# The bodies of Triton functions are not Python that mypy could check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from loramux.kernels.arguments import LoRASite, WorkList
+from loramux.kernels.triton_lora import (
+    MATRIX_ROWS,
+    chunk_of,
+    member_after,
+    packed,
+    product,
+    programs,
+    rounded,
+)
+
+FEATURES = 128
+"""How much of the input one step of a shrink takes."""
+
+
+@triton.jit
+def _shrink(
+    x, x_stride, a, a_slice_stride, a_row_stride, lora,
+    WIDTH: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    # All parts take the same number of whole steps; the last ones may find nothing left.
+    SPAN: tl.constexpr = (WIDTH + STEP * PARTS - 1) // (STEP * PARTS) * STEP
+    begin = tl.load(lora.counts) * (SLICES * PARTS)
+    end = tl.load(lora.counts + 1) * (SLICES * PARTS)
+    for item in range(begin + tl.program_id(0), end, tl.num_programs(0)):
+        chunk = chunk_of(lora, item // (SLICES * PARTS))
+        s = item // PARTS % SLICES
+        part = item % PARTS
+        rows = chunk[0] + tl.arange(0, ROWS)
+        row_mask = rows < chunk[1]
+        p, column, _, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+        for member in range(chunk[2], chunk[3]):
+            r = tl.minimum(tl.load(lora.row_r + s * lora.pool_rows + p), bound)
+            for k in range(0, r, 16):
+                ranks = k + tl.arange(0, 16)
+                live = ranks < r
+                x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+                a_rows = (
+                    a
+                    + s.to(tl.int64) * a_slice_stride
+                    + (p + ranks).to(tl.int64)[:, None] * a_row_stride
+                )
+                total = tl.zeros((ROWS, 16), tl.float32)
+                for low in range(part * SPAN, tl.minimum((part + 1) * SPAN, WIDTH), STEP):
+                    inputs = low + tl.arange(0, STEP)
+                    here = (inputs < WIDTH)[None, :]
+                    left = tl.load(
+                        x_rows + inputs[None, :], mask=row_mask[:, None] & here, other=0.0
+                    )
+                    right = tl.load(a_rows + inputs[None, :], mask=live[:, None] & here, other=0.0)
+                    left = rounded(left, a.dtype.element_ty)  # [ROWS, STEP]
+                    total += product(left, tl.trans(right))
+                at = lora.h + part * lora.part_stride + rows.to(tl.int64)[:, None] * lora.row_stride
+                at += ((column + ranks) * SLICES + s)[None, :]
+                mask = row_mask[:, None] & live[None, :]
+                tl.store(at, rounded(total, lora.h.dtype.element_ty), mask=mask)
+            p, column, _, bound = member_after(lora, member, chunk[3])
+
+
+def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor) -> None:
+    """Fill `h` [P, T, W] with P partial sums over the features of x [T, in] @ A^T."""
+    a, parts, rows = site.a, h.shape[0], max(MATRIX_ROWS, work.rows_per_chunk)
+    slices, _, width = a.shape
+    grid = programs(work.max_chunks * slices * parts, x.device)
+    _shrink[grid](
+        x,
+        x.stride(0),
+        a,
+        a.stride(0),
+        a.stride(1),
+        packed(site, h, work),
+        width,
+        slices,
+        parts,
+        rows,
+        FEATURES,
+        num_warps=4,
+        num_stages=3,
+    )
