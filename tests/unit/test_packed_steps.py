@@ -141,7 +141,9 @@ def test_padding_writes_nowhere_and_reads_one_position():
     rows = [row(1, (5,), 0, (3,))]
     packed = PackedStep(Capacity(8, 8, 8, 32), torch.device("cpu"))
     host = packed.next_host()
-    shape = fill(*(packed, host, rows, 16), previous={}, columns={}, ranks={}, rows_per_chunk=16, pad_to=4)
+    shape = fill(
+        *(packed, host, rows, 16), previous={}, columns={}, ranks={}, rows_per_chunk=16, pad_to=4
+    )
     arrays = packed.arrays(host)
     assert shape.tokens == shape.sequences == shape.kept == 4
     assert arrays["slots"][:4].tolist() == [48, -1, -1, -1]

@@ -20,8 +20,8 @@ from loramux.engine.plan import PENDING, Row
 Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
 CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
-CHUNKS = ((64, 4), (511, 16))  # (tokens, rows that a LoRA program then takes together)
-LARGEST_CHUNK = 64  # B is read once a chunk: the more tokens, the larger
+SMALL_CHUNK, LARGE_CHUNK = 16, 64  # rows that a LoRA program takes together: B is read once
+MANY_TOKENS = 512  # from here on chunks are large
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _offsets(lengths: list[int]) -> list[int]:
 
 def chunk_rows(tokens: int) -> int:
     """Rows of the chunks of a step of so many tokens."""
-    return next((rows for most, rows in CHUNKS if tokens <= most), LARGEST_CHUNK)
+    return SMALL_CHUNK if tokens < MANY_TOKENS else LARGE_CHUNK
 
 
 def runs_of(rows: Sequence[Row]) -> list[Run]:
@@ -173,8 +173,9 @@ def fill(
     """Write a step into `host`.
 
     `previous` says where in the step before a sequence's token was chosen, `columns` where in `h`
-    the members of a composition stand, `ranks` how many rank rows the adapter of a pool row has. Rows up to `pad_to` are filled with tokens that write nothing
-    and attend to one position of block 0.
+    the members of a composition stand, `ranks` how many rank rows the adapter of a pool row has.
+    Rows up to `pad_to` are filled with tokens that write nothing and attend to one position of
+    block 0.
     """
     arrays = packed.arrays(host)
     tokens = _fill_tokens(arrays, rows, block_size, previous)

@@ -6,6 +6,7 @@
     paged_attention  q [T, H, D] over the paged cache -> [T, H, Dv]
     rms_norm, add_rms_norm, silu_mul, rope    glue that costs eager mode many small calls
     rope_kv, gated, add_rms_norm    the same with a shrunk LoRA delta folded in (`Expand`)
+    linear           x [T, K] times a weight and a bias; a GPU has its own for one row
     take_tokens      a step's input ids, those of the step before among them
     PackedLinear     a CPU linear with its weight in oneDNN's own order
 
@@ -29,6 +30,7 @@ from loramux.kernels.dispatch import (
     OPS,
     add_rms_norm,
     gated,
+    linear,
     lora_delta,
     lora_expand,
     lora_shrink,
@@ -55,6 +57,7 @@ __all__ = [
     "WorkList",
     "add_rms_norm",
     "gated",
+    "linear",
     "lora_delta",
     "lora_expand",
     "lora_shrink",

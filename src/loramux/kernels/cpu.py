@@ -15,11 +15,12 @@ from loramux.kernels import cpu_prefill, reference
 from loramux.kernels.arguments import AttentionBatch, Expand, LoRASite, NormMode, Segments
 from loramux.kernels.cpu_glue import add_rms_norm, gated, rms_norm, rope, silu_mul
 from loramux.kernels.cpu_library import DTYPES, holding, releasing
-from loramux.kernels.reference import lora_expand, lora_shrink, take_tokens
+from loramux.kernels.reference import linear, lora_expand, lora_shrink, take_tokens
 
 __all__ = [
     "add_rms_norm",
     "gated",
+    "linear",
     "lora_delta",
     "lora_expand",
     "lora_shrink",

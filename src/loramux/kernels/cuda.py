@@ -8,14 +8,17 @@ from __future__ import annotations
 from loramux.kernels.cuda_attention import paged_attention
 from loramux.kernels.reference import lora_delta, rope
 from loramux.kernels.triton_fused import gated, silu_mul, take_tokens
+from loramux.kernels.triton_gemv import linear
+from loramux.kernels.triton_kv import write_kv
 from loramux.kernels.triton_lora import lora_expand
 from loramux.kernels.triton_norm import add_rms_norm, rms_norm
-from loramux.kernels.triton_rope import rope_kv, write_kv
+from loramux.kernels.triton_rope import rope_kv
 from loramux.kernels.triton_shrink import lora_shrink
 
 __all__ = [
     "add_rms_norm",
     "gated",
+    "linear",
     "lora_delta",
     "lora_expand",
     "lora_shrink",

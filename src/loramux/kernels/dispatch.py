@@ -115,6 +115,10 @@ class Backend(Protocol):
         /,
     ) -> torch.Tensor: ...
 
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, /
+    ) -> torch.Tensor: ...
+
     def take_tokens(
         self, ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor, /
     ) -> torch.Tensor: ...
@@ -251,6 +255,11 @@ def rope_kv(
     return backend(qkv.device).rope_kv(
         qkv, table, positions, slots, k_cache, v_cache, heads, norms, eps, mode, expand
     )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N]."""
+    return backend(x.device).linear(x, weight, bias)
 
 
 def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

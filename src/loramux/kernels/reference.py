@@ -286,6 +286,11 @@ def rope_kv(
     return q  # [T, H, D]
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N]."""
+    return F.linear(x, weight, bias)  # [T, N]
+
+
 def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """`ids` [T] int32, or where `sources` [T] >= 0 the token chosen[source] -> [T] int64."""
     before: torch.Tensor = chosen[sources.clamp(min=0).long()].long()  # [T]

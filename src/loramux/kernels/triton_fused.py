@@ -13,12 +13,14 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.arguments import Activation, Expand
-from loramux.kernels.triton_lora import (
+from loramux.kernels.triton_delta import (
     COLUMNS,
     MATRIX_ROWS,
     chunk_delta,
     chunk_of,
+    few_arguments,
     few_columns,
+    first_chunk,
     first_delta,
     first_h,
     first_tile,
@@ -90,47 +92,72 @@ def _gated(
 
 
 @triton.jit
-def _gated_rows(
+def _gated_few(
     gate, gate_stride, up, up_stride, out, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """One item a program; those of the chunks that are not in use find no rows."""
     SLICES: tl.constexpr = len(STARTS) - 1
     WIDTH: tl.constexpr = STARTS[SLICES]
     TILES: tl.constexpr = SIZE // COLS
     dtype: tl.constexpr = gate.dtype.element_ty
-    item = tl.program_id(0)
-    chunk = chunk_of(lora, item // TILES)
-    if chunk[0] < chunk[1]:
+    chunk, end = first_chunk(lora, TILES)
+    for item in range(tl.program_id(0), end, tl.num_programs(0)):
         low = item % TILES * COLS
         columns = low + tl.arange(0, COLS)
         here = columns < SIZE
         s, t = slice_at(low, STARTS), slice_at(SIZE + low, STARTS)
-        gate_tile = first_tile(lora, chunk, s, columns, here, WIDTH)
-        up_tile = first_tile(lora, chunk, t, SIZE + columns, here, WIDTH)
-        # A row's inputs are asked for before those of the row in front of it are used.
-        wide = tl.cast(chunk[0], tl.int64)
-        one = tl.load(gate + wide * gate_stride + columns)  # [COLS]
-        other = tl.load(up + wide * up_stride + columns)  # [COLS]
-        gate_h = first_h(lora, chunk, chunk[0], s, SLICES, PARTS)
-        up_h = first_h(lora, chunk, chunk[0], t, SLICES, PARTS)
-        for row in range(chunk[0], chunk[1]):
-            left = one.to(tl.float32) + first_delta(gate_tile, gate_h)
-            right = other.to(tl.float32) + first_delta(up_tile, up_h)
-            left += rest_delta(lora, chunk, gate_tile, row, s, columns, here, STARTS, PARTS)
-            right += rest_delta(lora, chunk, up_tile, row, t, SIZE + columns, here, STARTS, PARTS)
-            left = rounded(left, dtype).to(tl.float32)
-            right = rounded(right, dtype).to(tl.float32)
-            value = _gate(left, right, dtype, ACTIVATION)
-            at = out + tl.cast(row, tl.int64) * SIZE + columns
-            tl.store(at, rounded(value, out.dtype.element_ty))
-            after = tl.minimum(row + 1, chunk[1] - 1)
-            wide = tl.cast(after, tl.int64)
-            one = tl.load(gate + wide * gate_stride + columns)
-            other = tl.load(up + wide * up_stride + columns)
-            gate_h = first_h(lora, chunk, after, s, SLICES, PARTS)
-            up_h = first_h(lora, chunk, after, t, SLICES, PARTS)
+        tiles = (
+            first_tile(lora, chunk, s, columns, here, WIDTH),
+            first_tile(lora, chunk, t, SIZE + columns, here, WIDTH),
+        )
+        if chunk[1] - chunk[0] <= SINGLE:
+            for row in range(chunk[0], chunk[1]):
+                wide = tl.cast(row, tl.int64)
+                left = tl.load(gate + wide * gate_stride + columns)  # [COLS]
+                right = tl.load(up + wide * up_stride + columns)  # [COLS]
+                value = _gate_of(
+                    left, right, lora, chunk, tiles, row, here, s, t, columns, here,
+                    STARTS, PARTS, SIZE, ACTIVATION, 1,
+                )  # fmt: skip
+                tl.store(out + wide * SIZE + columns, rounded(value, dtype))
+        else:
+            rows = chunk[0] + tl.arange(0, ROWS)
+            live = rows < chunk[1]
+            mask = live[:, None]
+            wide = rows.to(tl.int64)[:, None]
+            left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
+            right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
+            value = _gate_of(
+                left, right, lora, chunk, tiles, rows, live, s, t, columns, here,
+                STARTS, PARTS, SIZE, ACTIVATION, ROWS,
+            )  # fmt: skip
+            tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)
+        chunk = chunk_of(lora, tl.minimum(item + tl.num_programs(0), end - 1) // TILES)
+
+
+@triton.jit
+def _gate_of(
+    left, right, lora, chunk, tiles, rows, live, s, t, columns, here,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gate of `left` and `right` with their deltas: [COLS] of one row or [ROWS, COLS]."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    dtype: tl.constexpr = left.dtype
+    h = first_h(lora, chunk, rows, live, s, SLICES, PARTS, ROWS)
+    other_h = first_h(lora, chunk, rows, live, t, SLICES, PARTS, ROWS)
+    one = left.to(tl.float32) + first_delta(tiles[0], h, ROWS)
+    other = right.to(tl.float32) + first_delta(tiles[1], other_h, ROWS)
+    one += rest_delta(
+        lora, chunk, tiles[0], rows, live, s, columns, here, STARTS, PARTS, ROWS
+    )  # fmt: skip
+    other += rest_delta(
+        lora, chunk, tiles[1], rows, live, t, SIZE + columns, here, STARTS, PARTS, ROWS
+    )  # fmt: skip
+    one = rounded(one, dtype).to(tl.float32)
+    other = rounded(other, dtype).to(tl.float32)
+    return _gate(one, other, dtype, ACTIVATION)
 
 
 def _run_gated(
@@ -140,7 +167,8 @@ def _run_gated(
     out = torch.empty((count, size), dtype=gate.dtype, device=gate.device)  # [T, I]
     few = 0 if expand is None else few_columns(expand)
     if expand is not None and few and size % few == 0:
-        _gated_rows[(expand.work.max_chunks * (size // few),)](
+        grid = programs(expand.work.max_chunks * (size // few), gate.device)
+        _gated_few[grid](
             gate,
             gate.stride(0),
             up,
@@ -150,7 +178,7 @@ def _run_gated(
             SIZE=size,
             COLS=few,
             ACTIVATION=activation,
-            num_warps=1,
+            **few_arguments(),
         )
         return out  # [T, I]
     if expand is None:

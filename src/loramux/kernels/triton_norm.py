@@ -1,6 +1,7 @@
 """RMS norms on a GPU, and the residual's addition before one, with a LoRA delta where one waits.
 
-Arithmetic runs in float32 and rounds where the twins round.
+Arithmetic runs in float32 and rounds where the twins round: without `enable_fp_fusion=False` the
+compiler drops the rounding between a product and a sum.
 """
 
 # The bodies of Triton functions are not Python that mypy could check.
@@ -13,14 +14,14 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.arguments import Expand, NormMode
-from loramux.kernels.triton_lora import (
+from loramux.kernels.triton_delta import (
     chunk_delta,
     chunk_of,
     kernel_arguments,
-    lora_expand,
     programs,
     rounded,
 )
+from loramux.kernels.triton_lora import lora_expand
 
 TILE_ROWS = 16
 """Rows of a tile where a norm takes its delta by matrix products."""
@@ -236,6 +237,7 @@ def add_rms_norm(
             MODE=mode,
             num_warps=8,
             num_stages=2,
+            enable_fp_fusion=False,
         )
         return out, total
     block = triton.next_power_of_2(size)
@@ -245,5 +247,6 @@ def add_rms_norm(
         BLOCK=block,
         MODE=mode,
         num_warps=_row_warps(block),
+        enable_fp_fusion=False,
     )
     return out, total

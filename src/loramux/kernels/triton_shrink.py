@@ -1,6 +1,6 @@
 """Shrink of LoRA on a GPU: the adapters' A rows against each token's input.
 
-A grid depends on shapes alone, see `triton_lora`.
+A grid depends on shapes alone, see `triton_delta`.
 """
 
 # The bodies of Triton functions are not Python that mypy could check.
@@ -13,7 +13,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.arguments import LoRASite, WorkList
-from loramux.kernels.triton_lora import (
+from loramux.kernels.triton_delta import (
     MATRIX_ROWS,
     chunk_of,
     member_after,

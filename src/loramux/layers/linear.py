@@ -20,6 +20,7 @@ from loramux.kernels import (
     Expand,
     LoRASite,
     PackedLinear,
+    linear,
     lora_delta,
     lora_expand,
     lora_shrink,
@@ -41,9 +42,9 @@ class MergedLinear:
     def __init__(self, linears: Sequence[nn.Linear], batch: StepBatch):
         self.in_features = linears[0].in_features
         self.starts = [0]
-        for linear in linears:
-            self.starts.append(self.starts[-1] + linear.out_features)
-        self.weight: torch.Tensor | None = _stack([linear.weight for linear in linears])  # [N, K]
+        for one in linears:
+            self.starts.append(self.starts[-1] + one.out_features)
+        self.weight: torch.Tensor | None = _stack([one.weight for one in linears])  # [N, K]
         self.bias = _stack_bias(linears)  # [N]
         self.dtype = linears[0].weight.dtype
         self.site: LoRASite | None = None
@@ -90,11 +91,11 @@ class MergedLinear:
         """Slice `index` as an ordinary nn.Linear that shares the weight (before `pack`)."""
         assert self.weight is not None
         start, end = self.starts[index], self.starts[index + 1]
-        linear = nn.Linear(self.in_features, end - start, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight[start:end], requires_grad=False)
+        plain = nn.Linear(self.in_features, end - start, bias=self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self.weight[start:end], requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
-        return linear
+            plain.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
+        return plain
 
     def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
         """Give this layer its part of the adapter pool: at least `rows` rank rows in `dtype`.
@@ -161,7 +162,7 @@ class MergedLinear:
             if lora is not None and self.site is not None:
                 return self._project_with(x, lora, self.site)
             assert self.weight is not None
-            y = nn.functional.linear(x, self.weight, self.bias)  # [T, N]
+            y = linear(x, self.weight, self.bias)  # [T, N]
         segments = self._batch.segments
         if segments is not None and self.site is not None:
             lora_delta(y, x, self.site, segments)
@@ -174,20 +175,20 @@ class MergedLinear:
         if lora.base_rows and self._stacked is not None:
             end = width + self.num_slices * lora.base_rows
             bias = None if self._stacked_bias is None else self._stacked_bias[:end]
-            z = nn.functional.linear(x, self._stacked[:end], bias)  # [T, N + S R']
+            z = linear(x, self._stacked[:end], bias)  # [T, N + S R']
             return z[:, :width], Expand(site, z[:, width:].unsqueeze(0), lora.work)
         parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
         h = x.new_empty(parts, x.shape[0], lora.width * self.num_slices, dtype=torch.float32)
         assert self.weight is not None
         if lora.stream is None:
             lora_shrink(x, site, lora.work, h)
-            y = nn.functional.linear(x, self.weight, self.bias)  # [T, N]
+            y = linear(x, self.weight, self.bias)  # [T, N]
         else:
             main = torch.cuda.current_stream(x.device)
             lora.stream.wait_stream(main)
             with torch.cuda.stream(lora.stream):
                 lora_shrink(x, site, lora.work, h)
-            y = nn.functional.linear(x, self.weight, self.bias)  # [T, N]
+            y = linear(x, self.weight, self.bias)  # [T, N]
             main.wait_stream(lora.stream)
         return y, Expand(site, h, lora.work)
 
@@ -214,14 +215,12 @@ def _stack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _stack_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
     """One bias for all, with zeros for those that have none; None if nobody has one."""
-    if all(linear.bias is None for linear in linears):
+    if all(one.bias is None for one in linears):
         return None
     parts = [
-        linear.bias.detach()
-        if linear.bias is not None
-        else torch.zeros(
-            linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device
-        )
-        for linear in linears
+        one.bias.detach()
+        if one.bias is not None
+        else torch.zeros(one.out_features, dtype=one.weight.dtype, device=one.weight.device)
+        for one in linears
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

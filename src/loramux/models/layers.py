@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loramux.kernels import Activation, NormMode, add_rms_norm, gated, rms_norm, rope_kv
+from loramux.kernels import (
+    Activation,
+    NormMode,
+    add_rms_norm,
+    gated,
+    linear,
+    rms_norm,
+    rope_kv,
+)
 from loramux.layers.attention import PagedAttention
 from loramux.layers.batch import StepBatch
 from loramux.layers.linear import MergedLinear
@@ -111,5 +119,13 @@ class FusedDecoder:
         for layer, following in zip(self.layers, norms, strict=True):
             table = self.tables[layer.rope]
             x, residual = layer.forward(x, residual, following, table, self.batch)
-        logits: torch.Tensor = self.head(x if keep is None else x[keep])  # [B, V]
+        logits = _head(self.head, x if keep is None else x[keep])  # [B, V]
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def _head(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x [B, D] -> logits [B, V]."""
+    if type(head) is nn.Linear:
+        return linear(x, head.weight, head.bias)  # [B, V]
+    logits: torch.Tensor = head(x)  # [B, V]
+    return logits

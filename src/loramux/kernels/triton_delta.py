@@ -1,0 +1,350 @@
+"""The LoRA delta of a tile or of a row on a GPU: what every kernel that adds one calls.
+
+What a step holds is read on the device from its `WorkList`; a grid depends on shapes alone, so a
+captured graph stays right for every mixture. Programs loop over the work in strides of the grid.
+"""
+
+# The bodies of Triton functions are not Python that mypy could check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from loramux.kernels.arguments import Expand, LoRASite, WorkList
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton runs in Python, where bf16 products are wrong and casts to bf16 cut off."""
+
+MATRIX_ROWS = 16
+"""Rows that a matrix product has at least."""
+
+COLUMNS = 128
+"""Width of the output tiles of an expand by matrix products."""
+
+FEW_ROWS = 16
+"""Chunks of at most so many rows are small: one warp expands a tile of theirs."""
+
+FEW_COLUMNS = 64
+"""Width of such a tile."""
+
+SINGLE_ROWS = 2
+"""So many rows of a chunk go one by one: a matrix product would be mostly padding."""
+
+PROGRAMS_PER_UNIT = 8
+"""Programs a multiprocessor gets at most; each streams little, so several must run at once."""
+
+
+class Lora(NamedTuple):
+    """An `Expand` (or a shrink's arguments) as a kernel takes it."""
+
+    h: torch.Tensor  # [P, T, W]
+    part_stride: int
+    row_stride: int
+    h_width: int
+    b: torch.Tensor  # [R, N]
+    row_r: torch.Tensor  # [S, R]
+    row_scale: torch.Tensor  # [S, R]
+    pool_rows: int
+    chunks: torch.Tensor  # [C, 8]
+    counts: torch.Tensor  # [2]
+    member_rows: torch.Tensor  # [M]
+    member_columns: torch.Tensor  # [M]
+    member_scales: torch.Tensor  # [M]
+    member_ranks: torch.Tensor  # [M]
+
+
+def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Lora:
+    return Lora(
+        h,
+        h.stride(0),
+        h.stride(1),
+        h.shape[2],
+        site.b,
+        site.row_r,
+        site.row_scale,
+        site.row_r.shape[1],
+        work.chunks,
+        work.counts,
+        work.member_rows,
+        work.member_columns,
+        work.member_scales,
+        work.member_ranks,
+    )
+
+
+@cache
+def _most_programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 5  # interpreted: few, so that the tests see programs loop
+    units: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return units * PROGRAMS_PER_UNIT
+
+
+def programs(items: int, device: torch.device) -> tuple[int]:
+    """The grid for at most so many work items."""
+    return (min(items, _most_programs(device)),)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """`x` in `dtype`, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(left, right):
+    """`left` [M, K] @ `right` [K, N], summed in float32."""
+    if INTERPRETED:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def chunk_of(lora, index):
+    """Chunk `index`: first row, end row, first member, end member, and of the first member its pool
+    row, column, scale and rank rows."""
+    at = lora.chunks + index * 8
+    scale = tl.load(at + 6).to(tl.float32, bitcast=True)
+    return (
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+        tl.load(at + 5), scale, tl.load(at + 7),
+    )  # fmt: skip
+
+
+@triton.jit
+def first_chunk(lora, TILES: tl.constexpr):
+    """The chunk of a program's first item, and the end of the items; each chunk has `TILES`.
+
+    The chunk is asked for before it is known whether there is one: nobody waits twice."""
+    chunk = chunk_of(lora, tl.program_id(0) // TILES)
+    end = tl.load(lora.counts + 1) * TILES
+    return chunk, tl.where(chunk[0] < chunk[1], end, 0)
+
+
+@triton.jit
+def member_after(lora, member, stop):
+    """(pool row, column, scale, rank rows) of the member after `member`, zeros if it is the last."""
+    more = member + 1 < stop
+    return (
+        tl.load(lora.member_rows + member + 1, mask=more, other=0),
+        tl.load(lora.member_columns + member + 1, mask=more, other=0),
+        tl.load(lora.member_scales + member + 1, mask=more, other=0.0),
+        tl.load(lora.member_ranks + member + 1, mask=more, other=0),
+    )
+
+
+@triton.jit
+def rank_and_factor(lora, s, p, scale, ranks):
+    """The adapter's rank in slice `s`, at most `ranks`, and what its delta is multiplied by."""
+    at = s * lora.pool_rows + p
+    r = tl.minimum(tl.load(lora.row_r + at), ranks)
+    factor = tl.load(lora.row_scale + at) * scale
+    return r, tl.where(r > 0, factor, 0.0)  # what is left alone may have any scale
+
+
+@triton.jit
+def slice_bounds(s, STARTS: tl.constexpr):
+    """First and end column of slice `s`."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    begin = 0
+    end = STARTS[1]
+    for other in tl.static_range(1, SLICES):
+        begin = tl.where(s >= other, STARTS[other], begin)
+        end = tl.where(s >= other, STARTS[other + 1], end)
+    return begin, end
+
+
+@triton.jit
+def slices_between(low, high, STARTS: tl.constexpr):
+    """The slices that columns low..high-1 lie in: first and last."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    first = 0
+    last = 0
+    for other in tl.static_range(1, SLICES):
+        first += tl.where(low >= STARTS[other], 1, 0)
+        last += tl.where(high > STARTS[other], 1, 0)
+    return first, last
+
+
+@triton.jit
+def slice_at(column, STARTS: tl.constexpr):
+    """The slice that `column` lies in."""
+    s = 0
+    for other in tl.static_range(1, len(STARTS) - 1):
+        s += tl.where(column >= STARTS[other], 1, 0)
+    return s
+
+
+@triton.jit
+def shrunk(lora, at, mask, PARTS: tl.constexpr):
+    """The sum of the parts of `h` at the offsets `at`, rounded to the dtype of `b`."""
+    total = tl.load(lora.h + at, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        one = tl.load(lora.h + part * lora.part_stride + at, mask=mask, other=0.0)
+        total += one.to(tl.float32)
+    return rounded(total, lora.b.dtype.element_ty)
+
+
+@triton.jit
+def b_tile(lora, p, ranks, bound, r, columns, own, WIDTH: tl.constexpr):
+    """Rows p + `ranks` of `b` at `columns`: zeros from rank r on.
+
+    The load is bounded by what the work list says, and does not wait for `r`."""
+    at = (p + ranks).to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    value = tl.load(lora.b + at, mask=(ranks < bound)[:, None] & own[None, :], other=0.0)
+    return tl.where((ranks < r)[:, None], value, 0.0)
+
+
+@triton.jit
+def chunk_delta(
+    lora, chunk, rows, row_mask, low, columns, column_mask,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The delta [ROWS, COLS] float32 of a chunk's `rows` at `columns`, which begin at `low`, by
+    matrix products. What nobody owns may be NaN: it is not multiplied."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    WIDTH: tl.constexpr = STARTS[SLICES]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    first_slice, last_slice = slices_between(low, low + COLS, STARTS)
+    for s in range(first_slice, last_slice + 1):
+        own = column_mask
+        if SLICES > 1:
+            begin, end = slice_bounds(s, STARTS)
+            own = column_mask & (columns >= begin) & (columns < end)
+        p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+        for member in range(chunk[2], chunk[3]):
+            r, factor = rank_and_factor(lora, s, p, scale, bound)
+            for k in range(0, bound, 16):
+                ranks = k + tl.arange(0, 16)
+                at = rows.to(tl.int64)[:, None] * lora.row_stride
+                at += ((column + ranks) * SLICES + s)[None, :]
+                left = shrunk(lora, at, row_mask[:, None] & (ranks < r)[None, :], PARTS)
+                right = b_tile(lora, p, ranks, bound, r, columns, own, WIDTH)  # [16, COLS]
+                total += product(left, right) * factor
+            p, column, scale, bound = member_after(lora, member, chunk[3])
+    return total
+
+
+@triton.jit
+def first_tile(lora, chunk, s, columns, column_mask, WIDTH: tl.constexpr):
+    """What `first_delta` needs of the first member for all rows of the chunk: `b` [16, COLS], its
+    rank and its factor. All of it waits for memory at once."""
+    r, factor = rank_and_factor(lora, s, chunk[4], chunk[6], chunk[7])
+    ranks = tl.arange(0, 16)
+    return b_tile(lora, chunk[4], ranks, chunk[7], r, columns, column_mask, WIDTH), r, factor
+
+
+@triton.jit
+def _h_at(
+    lora, rows, live, s, column, ranks,
+    SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """h at `ranks`: [16] of one row (`ROWS` 1, `rows` a scalar), [ROWS, 16] of several. What lies
+    behind a rank comes along, up to where h ends: the load does not wait for the rank."""
+    at = (column + ranks) * SLICES + s
+    inside = at < lora.h_width
+    if ROWS == 1:
+        at += tl.cast(rows, tl.int64) * lora.row_stride
+        return shrunk(lora, at, inside, PARTS)
+    else:
+        at = rows.to(tl.int64)[:, None] * lora.row_stride + at[None, :]
+        return shrunk(lora, at, live[:, None] & inside[None, :], PARTS)
+
+
+@triton.jit
+def _times_b(h, ranks, r, b, ROWS: tl.constexpr):
+    """h times `b` [16, COLS]: one row without a tensor core [COLS], several with one [ROWS, COLS]."""
+    if ROWS == 1:
+        h = tl.where(ranks < r, h, 0.0).to(tl.float32)
+        return tl.sum(h[:, None] * b.to(tl.float32), 0)
+    else:
+        return product(tl.where((ranks < r)[None, :], h, 0.0), b)
+
+
+@triton.jit
+def first_h(
+    lora, chunk, rows, live, s, SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
+):
+    """The rows' part of what `first_delta` needs."""
+    return _h_at(lora, rows, live, s, chunk[5], tl.arange(0, 16), SLICES, PARTS, ROWS)
+
+
+@triton.jit
+def first_delta(tile, h, ROWS: tl.constexpr):
+    """What the first member's first 16 ranks add to rows of a chunk, float32. `tile` is the chunk's
+    `first_tile`, `h` the rows' `first_h`; `rest_delta` is the rest.
+
+    What counts is how much of `b` is on its way at once, so that all loads are in front."""
+    b, r, factor = tile
+    return _times_b(h, tl.arange(0, 16), r, b, ROWS) * factor
+
+
+@triton.jit
+def rest_delta(
+    lora, chunk, tile, rows, live, s, columns, column_mask,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What the first member's other ranks and all other members add, float32."""
+    SLICES: tl.constexpr = len(STARTS) - 1
+    WIDTH: tl.constexpr = STARTS[SLICES]
+    COLS: tl.constexpr = columns.shape[0]
+    _, r, factor = tile
+    p, column, stop = chunk[4], chunk[5], chunk[3]
+    if ROWS == 1:
+        total = tl.zeros((COLS,), tl.float32)
+    else:
+        total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in range(16, r, 16):
+        ranks = k + tl.arange(0, 16)
+        h = _h_at(lora, rows, live, s, column, ranks, SLICES, PARTS, ROWS)
+        b = b_tile(lora, p, ranks, r, r, columns, column_mask, WIDTH)
+        total += _times_b(h, ranks, r, b, ROWS) * factor
+    for member in range(chunk[2], stop - 1):
+        p, column, scale, bound = member_after(lora, member, stop)
+        r, factor = rank_and_factor(lora, s, p, scale, bound)
+        for k in range(0, r, 16):
+            ranks = k + tl.arange(0, 16)
+            h = _h_at(lora, rows, live, s, column, ranks, SLICES, PARTS, ROWS)
+            b = b_tile(lora, p, ranks, r, r, columns, column_mask, WIDTH)
+            total += _times_b(h, ranks, r, b, ROWS) * factor
+    return total
+
+
+def few_columns(expand: Expand) -> int:
+    """Width of the tiles in which small chunks are expanded; 0: take the general way.
+
+    No tile may lie in two slices, so it divides all their bounds."""
+    if expand.work.rows_per_chunk > FEW_ROWS:
+        return 0
+    width = FEW_COLUMNS
+    while width >= 16 and any(start % width for start in expand.site.slice_starts):
+        width //= 2
+    return width if width >= 16 else 0
+
+
+def few_arguments() -> dict[str, Any]:
+    """What the kernels for small chunks take beside their columns."""
+    return {"ROWS": FEW_ROWS, "SINGLE": SINGLE_ROWS, "num_warps": 1, "num_stages": 1}
+
+
+def kernel_arguments(expand: Expand | None) -> dict[str, Any]:
+    """What every kernel with a folded delta takes for it; without one, `lora` is None."""
+    if expand is None:
+        return {"lora": None, "STARTS": (0,), "PARTS": 1}
+    site, h = expand.site, expand.h
+    return {
+        "lora": packed(site, h, expand.work),
+        "STARTS": site.slice_starts,
+        "PARTS": h.shape[0],
+    }
