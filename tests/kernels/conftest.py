@@ -50,3 +50,11 @@ def ops(request: pytest.FixtureRequest) -> Any:
     from loramux.kernels import cpu
 
     return OnTwoThreads(cpu) if request.param == "compiled-2" else cpu
+
+
+@pytest.fixture(params=["grid", "loop"] if torch.cuda.is_available() else ["loop"])
+def _grids(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where small cases have a program for each item, also with programs that loop."""
+    triton_delta = pytest.importorskip("loramux.kernels.triton_delta")
+    if request.param == "loop":
+        monkeypatch.setattr(triton_delta, "_most_programs", lambda device: 5)

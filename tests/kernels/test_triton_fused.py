@@ -15,8 +15,12 @@ from work_lists import Case, Span, expand_to, for_twins, in_float64, make_case, 
 from loramux.kernels import Activation, NormMode, reference
 
 cuda = pytest.importorskip("loramux.kernels.cuda")
+
 # The interpreter computes in numpy, which warns where exp(200) becomes infinite.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("_grids"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES: tuple[NormMode, ...] = ("llama", "plain", "gemma")

@@ -12,6 +12,8 @@ from loramux.kernels import Expand, reference, shrink_parts
 triton_lora = pytest.importorskip("loramux.kernels.triton_lora")
 triton_shrink = pytest.importorskip("loramux.kernels.triton_shrink")
 
+pytestmark = pytest.mark.usefixtures("_grids")
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
 # Base rows between the adapters' and in front of them; rows 0 and 44 to 46 are in no chunk.

@@ -30,7 +30,7 @@ COLUMNS = 128
 FEW_ROWS = 16
 """Chunks of at most so many rows are small: one warp expands a tile of theirs."""
 
-FEW_COLUMNS = 64
+FEW_COLUMNS = 128
 """Width of such a tile."""
 
 SINGLE_ROWS = 2
@@ -123,13 +123,12 @@ def chunk_of(lora, index):
 
 
 @triton.jit
-def first_chunk(lora, TILES: tl.constexpr):
-    """The chunk of a program's first item, and the end of the items; each chunk has `TILES`.
+def chunk_and_end(lora, item, TILES: tl.constexpr):
+    """The chunk of work item `item`, and the end of the items; each chunk has `TILES`.
 
-    The chunk is asked for before it is known whether there is one: nobody waits twice."""
-    chunk = chunk_of(lora, tl.program_id(0) // TILES)
-    end = tl.load(lora.counts + 1) * TILES
-    return chunk, tl.where(chunk[0] < chunk[1], end, 0)
+    Both are asked for at once, so a chunk behind the last may come: a record of zeros. A program
+    must ask anew for each item: ptxas 12.8 confuses a record that a loop carries along."""
+    return chunk_of(lora, item // TILES), tl.load(lora.counts + 1) * TILES
 
 
 @triton.jit
@@ -237,15 +236,6 @@ def chunk_delta(
 
 
 @triton.jit
-def first_tile(lora, chunk, s, columns, column_mask, WIDTH: tl.constexpr):
-    """What `first_delta` needs of the first member for all rows of the chunk: `b` [16, COLS], its
-    rank and its factor. All of it waits for memory at once."""
-    r, factor = rank_and_factor(lora, s, chunk[4], chunk[6], chunk[7])
-    ranks = tl.arange(0, 16)
-    return b_tile(lora, chunk[4], ranks, chunk[7], r, columns, column_mask, WIDTH), r, factor
-
-
-@triton.jit
 def _h_at(
     lora, rows, live, s, column, ranks,
     SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
@@ -273,52 +263,41 @@ def _times_b(h, ranks, r, b, ROWS: tl.constexpr):
 
 
 @triton.jit
-def first_h(
-    lora, chunk, rows, live, s, SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
-):
-    """The rows' part of what `first_delta` needs."""
-    return _h_at(lora, rows, live, s, chunk[5], tl.arange(0, 16), SLICES, PARTS, ROWS)
-
-
-@triton.jit
-def first_delta(tile, h, ROWS: tl.constexpr):
-    """What the first member's first 16 ranks add to rows of a chunk, float32. `tile` is the chunk's
-    `first_tile`, `h` the rows' `first_h`; `rest_delta` is the rest.
-
-    What counts is how much of `b` is on its way at once, so that all loads are in front."""
-    b, r, factor = tile
-    return _times_b(h, tl.arange(0, 16), r, b, ROWS) * factor
-
-
-@triton.jit
-def rest_delta(
-    lora, chunk, tile, rows, live, s, columns, column_mask,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+def few_delta(
+    lora, chunk, rows, live, s, columns, other_s, other_columns, column_mask,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """What the first member's other ranks and all other members add, float32."""
+    """The deltas, float32, of rows of a small chunk at `columns` of slice `s` and, with `PAIR`, at
+    `other_columns` of slice `other_s`: [COLS] each of one row (`ROWS` 1, `rows` a scalar), else
+    [ROWS, COLS].
+
+    One copy of the body serves all members and ranks, and both tiles: programs loop, and a loop
+    whose instructions do not fit their cache is many times slower."""
     SLICES: tl.constexpr = len(STARTS) - 1
     WIDTH: tl.constexpr = STARTS[SLICES]
     COLS: tl.constexpr = columns.shape[0]
-    _, r, factor = tile
-    p, column, stop = chunk[4], chunk[5], chunk[3]
     if ROWS == 1:
-        total = tl.zeros((COLS,), tl.float32)
+        one = tl.zeros((COLS,), tl.float32)
     else:
-        total = tl.zeros((ROWS, COLS), tl.float32)
-    for k in range(16, r, 16):
-        ranks = k + tl.arange(0, 16)
-        h = _h_at(lora, rows, live, s, column, ranks, SLICES, PARTS, ROWS)
-        b = b_tile(lora, p, ranks, r, r, columns, column_mask, WIDTH)
-        total += _times_b(h, ranks, r, b, ROWS) * factor
-    for member in range(chunk[2], stop - 1):
-        p, column, scale, bound = member_after(lora, member, stop)
+        one = tl.zeros((ROWS, COLS), tl.float32)
+    other = one
+    p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+    for member in range(chunk[2], chunk[3]):
         r, factor = rank_and_factor(lora, s, p, scale, bound)
-        for k in range(0, r, 16):
+        other_r, other_factor = rank_and_factor(lora, other_s, p, scale, bound)
+        for k in range(0, bound, 16):
             ranks = k + tl.arange(0, 16)
+            b = b_tile(lora, p, ranks, bound, r, columns, column_mask, WIDTH)
             h = _h_at(lora, rows, live, s, column, ranks, SLICES, PARTS, ROWS)
-            b = b_tile(lora, p, ranks, r, r, columns, column_mask, WIDTH)
-            total += _times_b(h, ranks, r, b, ROWS) * factor
-    return total
+            if PAIR:
+                other_b = b_tile(
+                    lora, p, ranks, bound, other_r, other_columns, column_mask, WIDTH
+                )  # fmt: skip
+                other_h = _h_at(lora, rows, live, other_s, column, ranks, SLICES, PARTS, ROWS)
+                other += _times_b(other_h, ranks, other_r, other_b, ROWS) * other_factor
+            one += _times_b(h, ranks, r, b, ROWS) * factor
+        p, column, scale, bound = member_after(lora, member, chunk[3])
+    return one, other
 
 
 def few_columns(expand: Expand) -> int:

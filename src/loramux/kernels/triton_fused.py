@@ -16,17 +16,14 @@ from loramux.kernels.arguments import Activation, Expand
 from loramux.kernels.triton_delta import (
     COLUMNS,
     MATRIX_ROWS,
+    chunk_and_end,
     chunk_delta,
     chunk_of,
     few_arguments,
     few_columns,
-    first_chunk,
-    first_delta,
-    first_h,
-    first_tile,
+    few_delta,
     kernel_arguments,
     programs,
-    rest_delta,
     rounded,
     slice_at,
 )
@@ -97,64 +94,55 @@ def _gated_few(
     STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    SLICES: tl.constexpr = len(STARTS) - 1
-    WIDTH: tl.constexpr = STARTS[SLICES]
     TILES: tl.constexpr = SIZE // COLS
     dtype: tl.constexpr = gate.dtype.element_ty
-    chunk, end = first_chunk(lora, TILES)
-    for item in range(tl.program_id(0), end, tl.num_programs(0)):
-        low = item % TILES * COLS
-        columns = low + tl.arange(0, COLS)
-        here = columns < SIZE
-        s, t = slice_at(low, STARTS), slice_at(SIZE + low, STARTS)
-        tiles = (
-            first_tile(lora, chunk, s, columns, here, WIDTH),
-            first_tile(lora, chunk, t, SIZE + columns, here, WIDTH),
-        )
-        if chunk[1] - chunk[0] <= SINGLE:
-            for row in range(chunk[0], chunk[1]):
-                wide = tl.cast(row, tl.int64)
-                left = tl.load(gate + wide * gate_stride + columns)  # [COLS]
-                right = tl.load(up + wide * up_stride + columns)  # [COLS]
+    item = tl.program_id(0)
+    end = item + 1
+    while item < end:
+        chunk, end = chunk_and_end(lora, item, TILES)
+        if chunk[0] < chunk[1]:
+            low = item % TILES * COLS
+            columns = low + tl.arange(0, COLS)
+            here = columns < SIZE
+            s, t = slice_at(low, STARTS), slice_at(SIZE + low, STARTS)
+            if chunk[1] - chunk[0] <= SINGLE:
+                for row in range(chunk[0], chunk[1]):
+                    wide = tl.cast(row, tl.int64)
+                    left = tl.load(gate + wide * gate_stride + columns)  # [COLS]
+                    right = tl.load(up + wide * up_stride + columns)  # [COLS]
+                    value = _gate_of(
+                        left, right, lora, chunk, row, here, s, t, columns, here,
+                        STARTS, PARTS, SIZE, ACTIVATION, 1,
+                    )  # fmt: skip
+                    tl.store(out + wide * SIZE + columns, rounded(value, dtype))
+            else:
+                rows = chunk[0] + tl.arange(0, ROWS)
+                live = rows < chunk[1]
+                mask = live[:, None]
+                wide = rows.to(tl.int64)[:, None]
+                left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
+                right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
                 value = _gate_of(
-                    left, right, lora, chunk, tiles, row, here, s, t, columns, here,
-                    STARTS, PARTS, SIZE, ACTIVATION, 1,
+                    left, right, lora, chunk, rows, live, s, t, columns, here,
+                    STARTS, PARTS, SIZE, ACTIVATION, ROWS,
                 )  # fmt: skip
-                tl.store(out + wide * SIZE + columns, rounded(value, dtype))
-        else:
-            rows = chunk[0] + tl.arange(0, ROWS)
-            live = rows < chunk[1]
-            mask = live[:, None]
-            wide = rows.to(tl.int64)[:, None]
-            left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
-            right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
-            value = _gate_of(
-                left, right, lora, chunk, tiles, rows, live, s, t, columns, here,
-                STARTS, PARTS, SIZE, ACTIVATION, ROWS,
-            )  # fmt: skip
-            tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)
-        chunk = chunk_of(lora, tl.minimum(item + tl.num_programs(0), end - 1) // TILES)
+                tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)
+        item += tl.num_programs(0)
 
 
 @triton.jit
 def _gate_of(
-    left, right, lora, chunk, tiles, rows, live, s, t, columns, here,
+    left, right, lora, chunk, rows, live, s, t, columns, here,
     STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gate of `left` and `right` with their deltas: [COLS] of one row or [ROWS, COLS]."""
-    SLICES: tl.constexpr = len(STARTS) - 1
     dtype: tl.constexpr = left.dtype
-    h = first_h(lora, chunk, rows, live, s, SLICES, PARTS, ROWS)
-    other_h = first_h(lora, chunk, rows, live, t, SLICES, PARTS, ROWS)
-    one = left.to(tl.float32) + first_delta(tiles[0], h, ROWS)
-    other = right.to(tl.float32) + first_delta(tiles[1], other_h, ROWS)
-    one += rest_delta(
-        lora, chunk, tiles[0], rows, live, s, columns, here, STARTS, PARTS, ROWS
-    )  # fmt: skip
-    other += rest_delta(
-        lora, chunk, tiles[1], rows, live, t, SIZE + columns, here, STARTS, PARTS, ROWS
-    )  # fmt: skip
+    one, other = few_delta(
+        lora, chunk, rows, live, s, columns, t, SIZE + columns, here, STARTS, PARTS, ROWS, True
+    )
+    one += left.to(tl.float32)
+    other += right.to(tl.float32)
     one = rounded(one, dtype).to(tl.float32)
     other = rounded(other, dtype).to(tl.float32)
     return _gate(one, other, dtype, ACTIVATION)

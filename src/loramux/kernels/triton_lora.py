@@ -13,17 +13,14 @@ from loramux.kernels.arguments import Expand
 from loramux.kernels.triton_delta import (
     COLUMNS,
     MATRIX_ROWS,
+    chunk_and_end,
     chunk_delta,
     chunk_of,
     few_arguments,
     few_columns,
-    first_chunk,
-    first_delta,
-    first_h,
-    first_tile,
+    few_delta,
     packed,
     programs,
-    rest_delta,
     rounded,
     slice_at,
 )
@@ -62,36 +59,37 @@ def _expand_few(
     SLICES: tl.constexpr = len(STARTS) - 1
     WIDTH: tl.constexpr = STARTS[SLICES]
     TILES: tl.constexpr = WIDTH // COLS
-    chunk, end = first_chunk(lora, TILES)
-    for item in range(tl.program_id(0), end, tl.num_programs(0)):
-        if chunk[2] < chunk[3]:
+    item = tl.program_id(0)
+    end = item + 1
+    while item < end:
+        chunk, end = chunk_and_end(lora, item, TILES)
+        if (chunk[0] < chunk[1]) & (chunk[2] < chunk[3]):
             low = item % TILES * COLS
             columns = low + tl.arange(0, COLS)
             here = columns < WIDTH
             s = slice_at(low, STARTS)
-            tile = first_tile(lora, chunk, s, columns, here, WIDTH)
             if chunk[1] - chunk[0] <= SINGLE:
                 for row in range(chunk[0], chunk[1]):
                     at = y + tl.cast(row, tl.int64) * y_stride + columns
                     value = tl.load(at)  # [COLS]
-                    h = first_h(lora, chunk, row, here, s, SLICES, PARTS, 1)
-                    total = value.to(tl.float32) + first_delta(tile, h, 1)
-                    total += rest_delta(
-                        lora, chunk, tile, row, here, s, columns, here, STARTS, PARTS, 1
-                    )
+                    delta = few_delta(
+                        lora, chunk, row, here, s, columns, s, columns, here, STARTS, PARTS, 1,
+                        False,
+                    )[0]  # fmt: skip
+                    total = value.to(tl.float32) + delta
                     tl.store(at, rounded(total, y.dtype.element_ty))
             else:
                 rows = chunk[0] + tl.arange(0, ROWS)
                 live = rows < chunk[1]
                 at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
                 value = tl.load(at, mask=live[:, None], other=0.0)  # [ROWS, COLS]
-                h = first_h(lora, chunk, rows, live, s, SLICES, PARTS, ROWS)
-                total = value.to(tl.float32) + first_delta(tile, h, ROWS)
-                total += rest_delta(
-                    lora, chunk, tile, rows, live, s, columns, here, STARTS, PARTS, ROWS
-                )
+                delta = few_delta(
+                    lora, chunk, rows, live, s, columns, s, columns, here, STARTS, PARTS, ROWS,
+                    False,
+                )[0]  # fmt: skip
+                total = value.to(tl.float32) + delta
                 tl.store(at, rounded(total, y.dtype.element_ty), mask=live[:, None])
-        chunk = chunk_of(lora, tl.minimum(item + tl.num_programs(0), end - 1) // TILES)
+        item += tl.num_programs(0)
 
 
 def lora_expand(y: torch.Tensor, expand: Expand) -> None:

@@ -17,16 +17,13 @@ from loramux.kernels.arguments import Expand, NormMode
 from loramux.kernels.triton_delta import (
     FEW_ROWS,
     MATRIX_ROWS,
+    chunk_and_end,
     chunk_delta,
     chunk_of,
     few_arguments,
-    first_chunk,
-    first_delta,
-    first_h,
-    first_tile,
+    few_delta,
     kernel_arguments,
     programs,
-    rest_delta,
     rounded,
     slice_at,
 )
@@ -106,13 +103,6 @@ def _rope_kv(
 
 
 @triton.jit
-def _part_tile(lora, chunk, s, low, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The `first_tile` of columns low..low+SIZE-1."""
-    inside = tl.arange(0, BLOCK)
-    return first_tile(lora, chunk, s, low + inside, inside < SIZE, WIDTH)
-
-
-@triton.jit
 def _few_part(
     qkv, qkv_stride, rows, live, low,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -129,18 +119,9 @@ def _few_part(
 
 
 @triton.jit
-def _whole_part(
-    value, lora, chunk, tile, h, rows, live, s, low, STARTS: tl.constexpr, PARTS: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def _whole(value, delta, ROWS: tl.constexpr):
     """A `_few_part` and its delta, rounded: [ROWS, BLOCK] float32."""
-    inside = tl.arange(0, BLOCK)
-    here = inside < SIZE
-    total = value.to(tl.float32) + first_delta(tile, h, ROWS)
-    total += rest_delta(
-        lora, chunk, tile, rows, live, s, low + inside, here, STARTS, PARTS, ROWS
-    )  # fmt: skip
-    total = rounded(total, value.dtype).to(tl.float32)
+    total = rounded(value.to(tl.float32) + delta, value.dtype).to(tl.float32)
     if ROWS == 1:
         return total[None, :]
     else:
@@ -149,14 +130,13 @@ def _whole_part(
 
 @triton.jit
 def _few_heads(
-    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, tiles, rows, positions, head, s,
+    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, positions, head, s,
     STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
     """One head of `rows` (a scalar where `ROWS` is 1; `positions` are they as a tensor [ROWS])."""
-    SLICES: tl.constexpr = len(STARTS) - 1
     REST: tl.constexpr = D - 2 * HALF
     at = head * D
     live = positions < chunk[1]
@@ -165,22 +145,23 @@ def _few_heads(
     slot = tl.load(heads.slots + positions, mask=live, other=-1)
     low = _few_part(qkv, qkv_stride, rows, live, at, HALF, HALF_BLOCK, ROWS)
     high = _few_part(qkv, qkv_stride, rows, live, at + HALF, HALF, HALF_BLOCK, ROWS)
-    h = first_h(lora, chunk, rows, live, s, SLICES, PARTS, ROWS)
     angles = angles_at(heads, position, live, HALF, HALF_BLOCK)
-    low = _whole_part(
-        low, lora, chunk, tiles[0], h, rows, live, s, at, STARTS, PARTS, HALF, HALF_BLOCK, ROWS
-    )
-    high = _whole_part(
-        high, lora, chunk, tiles[1], h, rows, live, s, at + HALF, STARTS, PARTS, HALF, HALF_BLOCK,
-        ROWS,
+    inside = tl.arange(0, HALF_BLOCK)
+    low_delta, high_delta = few_delta(
+        lora, chunk, rows, live, s, at + inside, s, at + HALF + inside, inside < HALF, STARTS,
+        PARTS, ROWS, True,
     )  # fmt: skip
+    low, high = _whole(low, low_delta, ROWS), _whole(high, high_delta, ROWS)
     rest = tl.zeros((ROWS, REST_BLOCK), tl.float32)
     if REST > 0:
         rest = _few_part(qkv, qkv_stride, rows, live, at + 2 * HALF, REST, REST_BLOCK, ROWS)
-        rest = _whole_part(
-            rest, lora, chunk, tiles[2], h, rows, live, s, at + 2 * HALF, STARTS, PARTS, REST,
-            REST_BLOCK, ROWS,
-        )  # fmt: skip
+        inside = tl.arange(0, REST_BLOCK)
+        columns = at + 2 * HALF + inside
+        delta = few_delta(
+            lora, chunk, rows, live, s, columns, s, columns, inside < REST, STARTS, PARTS, ROWS,
+            False,
+        )[0]  # fmt: skip
+        rest = _whole(rest, delta, ROWS)
     finish_head(
         low, high, rest, head, positions, live, angles, slot, heads, k_cache, v_cache, HEADS,
         KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE, qkv.dtype.element_ty,
@@ -195,34 +176,29 @@ def _rope_kv_few(
     MODE: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
-    WIDTH: tl.constexpr = STARTS[len(STARTS) - 1]
-    REST: tl.constexpr = D - 2 * HALF
-    chunk, end = first_chunk(lora, ALL)
-    for item in range(tl.program_id(0), end, tl.num_programs(0)):
-        head = item % ALL
-        at = head * D
-        s = slice_at(at, STARTS)
-        tiles = (
-            _part_tile(lora, chunk, s, at, WIDTH, HALF, HALF_BLOCK),
-            _part_tile(lora, chunk, s, at + HALF, WIDTH, HALF, HALF_BLOCK),
-            # Where there is no rest, nobody uses it, and the compiler drops it.
-            _part_tile(lora, chunk, s, at + 2 * HALF, WIDTH, REST, REST_BLOCK),
-        )
-        if chunk[1] - chunk[0] <= SINGLE:
-            for row in range(chunk[0], chunk[1]):
+    item = tl.program_id(0)
+    end = item + 1
+    while item < end:
+        chunk, end = chunk_and_end(lora, item, ALL)
+        if chunk[0] < chunk[1]:
+            head = item % ALL
+            at = head * D
+            s = slice_at(at, STARTS)
+            if chunk[1] - chunk[0] <= SINGLE:
+                for row in range(chunk[0], chunk[1]):
+                    _few_heads(
+                        qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, row,
+                        row + tl.arange(0, 1), head, s, STARTS, PARTS, 1, HEADS, KV_HEADS, D, HALF,
+                        HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
+                    )  # fmt: skip
+            else:
+                rows = chunk[0] + tl.arange(0, ROWS)
                 _few_heads(
-                    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, tiles, row,
-                    row + tl.arange(0, 1), head, s, STARTS, PARTS, 1, HEADS, KV_HEADS, D, HALF,
-                    HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
+                    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, rows, head, s,
+                    STARTS, PARTS, ROWS, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK,
+                    BLOCK_SIZE, MODE,
                 )  # fmt: skip
-        else:
-            rows = chunk[0] + tl.arange(0, ROWS)
-            _few_heads(
-                qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, tiles, rows, rows, head, s,
-                STARTS, PARTS, ROWS, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE,
-                MODE,
-            )  # fmt: skip
-        chunk = chunk_of(lora, tl.minimum(item + tl.num_programs(0), end - 1) // ALL)
+        item += tl.num_programs(0)
 
 
 def rope_kv(
