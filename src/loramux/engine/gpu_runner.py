@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -41,6 +42,7 @@ from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
 from loramux.engine.runner import Runner
 from loramux.engine.sampler import Choice, Sampler
 from loramux.engine.tuning import load_costs
+from loramux.engine.warm_up import StepLimits, places, warm_up
 from loramux.kernels import AttentionBatch, WorkList, take_tokens
 from loramux.layers.batch import LoRAStep
 from loramux.models.attach import Attached
@@ -85,6 +87,8 @@ class GpuRunner(Runner):
         )
         self._chooser = self._make_chooser(facts)
         self._graphs = self._capture()
+        if self._on_gpu:
+            self.warm_up()
 
     # --- a step --------------------------------------------------------------------------------
 
@@ -148,7 +152,8 @@ class GpuRunner(Runner):
         self, rows: Sequence[Row], runs: Sequence[Run], choice: LoRAChoice | None
     ) -> tuple[GraphKey, Captured] | None:
         graphs = self._graphs
-        if graphs is None or any(len(row.token_ids) != 1 for row in rows):
+        # A graph keeps every row: the last token but one of a prompt, computed alone, is none.
+        if graphs is None or any(len(row.token_ids) != 1 or not row.sample for row in rows):
             return None
         size = graphs.size_for(len(rows))
         if size is None or not self._decode.fits(rows):
@@ -159,13 +164,13 @@ class GpuRunner(Runner):
             return None  # a sum of many adapters: wider than what was captured
         else:
             active = sum(1 for run in runs if run.members)
-            key = GraphKey(size, True, choice.base_rows, self._active_bucket(active))
+            key = GraphKey(size, True, choice.base_rows, self._active_bucket(active, size))
         captured = graphs.get(key)
         return None if captured is None else (key, captured)
 
-    def _active_bucket(self, active: int) -> int:
+    def _active_bucket(self, active: int, size: int) -> int:
         """0: any number, which is all that is captured without `specialize_active_lora`."""
-        return next((bucket for bucket in self._active if bucket >= active), 0)
+        return next((bucket for bucket in self._active if active <= bucket <= size), 0)
 
     def _replay(
         self, rows: Sequence[Row], key: GraphKey, captured: Captured, choice: LoRAChoice | None
@@ -226,11 +231,16 @@ class GpuRunner(Runner):
 
     # --- other steps ---------------------------------------------------------------------------
 
-    def _run_eagerly(self, rows: Sequence[Row], choice: LoRAChoice | None) -> StepOutput:
+    def _run_eagerly(
+        self, rows: Sequence[Row], choice: LoRAChoice | None, *, store: bool = True
+    ) -> StepOutput:
+        """Without `store` no key and no value goes into the cache."""
         packed = self._mixed
         tokens = sum(len(row.token_ids) for row in rows)
         rows_per_chunk = chunk_rows(tokens)
         host, shape = self._fill(packed, rows, choice, rows_per_chunk)
+        if not store:
+            packed.view(host, "slots")[:tokens] = -1
         count = shape.sequences
         starts = packed.view(host, "query_starts")[: count + 1]
         contexts = packed.view(host, "context_lens")[:count]
@@ -248,6 +258,17 @@ class GpuRunner(Runner):
             )
         attention = self._attention_batch(packed, count, shape.max_queries, lists, widest)
         return self._forward(packed, tokens, shape.kept, attention, lora)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run steps of every kind; what is in the KV cache and in the pool stays as it is."""
+        buckets = () if self._chooser is None else self._chooser.buckets
+        run = partial(self._run_eagerly, store=False)
+        known, self._ranks = self._ranks, {} if self._chooser is None else places(self.config)
+        try:
+            warm_up(run, self._sampler, StepLimits.of(self.config), self._ranks, buckets)
+        finally:
+            self._ranks = known
 
     # --- both ----------------------------------------------------------------------------------
 
