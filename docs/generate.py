@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from loramux.cli import NOT_FLAGS, flag_of
 from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.config.engine import OTHER_NAMES
 from loramux.config.lora import DUAL_STREAM_VARIABLE, NOT_SERVED_YET
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -60,7 +61,9 @@ def row(name: str, field: FieldInfo) -> str:
     meaning = " ".join((field.description or "").split())
     if name in NOT_SERVED_YET:
         meaning += " **Not served yet: refused when set.**"
-    shown = f"`{name}`" if name == "model" else f"`{name}`<br>`{flag_of(name)}`"
+    names = [name, *(other for other, field in OTHER_NAMES.items() if field == name)]
+    flags = [] if name == "model" else map(flag_of, names)
+    shown = "<br>".join(f"`{text}`" for text in (*names, *flags))
     cells = (shown, f"`{type_name(field.annotation)}`", default_of(field), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.config import EngineConfig, LoRAConfig, ServerConfig, sizes
+from loramux.config.engine import OTHER_NAMES
 from loramux.config.neutral import ANYTHING, NEUTRAL, drop_neutral
 from loramux.errors import AdapterRejected, ConfigError, LoramuxError
 
@@ -33,8 +33,6 @@ EXIT_INTERRUPTED = 130
 FLAG_NAMES = {"target_modules": "--lora-target-modules"}
 # Fields that are not flags of their own.
 NOT_FLAGS = {"model", "lora"}
-
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?)?b?", re.IGNORECASE)
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -156,6 +154,16 @@ def add_flags(group: Any, settings: type[BaseModel]) -> None:
             group.add_argument(
                 flag_of(name), dest=name, default=argparse.SUPPRESS, **_argument(name, field)
             )
+    for other, name in _other_names(settings).items():
+        keywords = _argument(name, settings.model_fields[name])
+        keywords["help"] = f"The same as {flag_of(name)}."
+        group.add_argument(flag_of(other), dest=other, default=argparse.SUPPRESS, **keywords)
+
+
+def _other_names(settings: type[BaseModel]) -> dict[str, str]:
+    """Second names of fields -> the fields."""
+    fields = settings.model_fields
+    return {other: name for other, name in OTHER_NAMES.items() if name in fields}
 
 
 def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
@@ -192,14 +200,11 @@ def _without_none(annotation: Any) -> Any:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `1048576`, `512MiB`, `4GiB` (powers of 1024) or `4GB` (powers of 1000)."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, 512MiB or 4GiB")
-    number, prefix, binary = match.groups()
-    base = 1024 if binary else 1000
-    exponent = "kmgt".index(prefix.lower()) + 1 if prefix else 0
-    return int(float(number) * base**exponent) if exponent else int(float(number))
+    """`config.sizes.parse_size`, whose refusal argparse shows as it is."""
+    try:
+        return sizes.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -214,7 +219,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def settings_from(settings: type[Settings], given: argparse.Namespace, **more: Any) -> Settings:
     """The settings, from the flags that were given. Raises ConfigError naming the flag."""
-    values = {name: getattr(given, name) for name in settings.model_fields if name in given}
+    names = [*settings.model_fields, *_other_names(settings)]
+    values = {name: getattr(given, name) for name in names if name in given}
     try:
         return settings(**{**values, **more})
     except ValidationError as error:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.report import BindingReport
 from loramux.config import EngineConfig, LoRAConfig
+from loramux.config.engine import OTHER_NAMES
 from loramux.config.neutral import drop_neutral
 from loramux.engine.engine import Engine
 from loramux.errors import ConfigError, InvalidField, LoramuxError
@@ -272,7 +273,8 @@ def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> Bind
 
 def engine_config(model: str, *, enable_lora: bool = False, **settings: Any) -> EngineConfig:
     """An EngineConfig from flat keyword arguments; unknown names are refused, all at once."""
-    lora_fields, engine_fields = set(LoRAConfig.model_fields), set(EngineConfig.model_fields)
+    lora_fields = set(LoRAConfig.model_fields)
+    engine_fields = {*EngineConfig.model_fields, *OTHER_NAMES}
     settings = drop_neutral(settings)
     unknown = sorted(set(settings) - lora_fields - engine_fields)
     if unknown:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from loramux.config.graphs import graph_sizes
 from loramux.engine import engine as engine_module
 from loramux.engine import gpu_runner
-from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput, graph_sizes
+from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
 from loramux.engine.lora_choice import LoRAChoice
 from loramux.engine.plan import AdapterLoad, Row
 from loramux.kernels import AttentionBatch

@@ -12,7 +12,8 @@ import torch
 from gpu.mixtures import TIMES_NOISE, Asker, Wish, World, make_world, prompts
 from gpu.replaying import DEVICES, WAYS, CpuReplayingRunner, use_seen_runner
 from loramux import LLM, SamplingParams
-from loramux.engine.graphs import GraphKey, StepOutput, active_buckets
+from loramux.config.graphs import active_buckets
+from loramux.engine.graphs import GraphKey, StepOutput
 from loramux.engine.packing import runs_of
 from loramux.engine.plan import Row, SampleSpec
 from loramux.engine.scheduler import _by_members

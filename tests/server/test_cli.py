@@ -63,6 +63,11 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
     assert modules == [AdapterSource("x", "/p=q"), AdapterSource("y", "/z")]
 
 
+def test_the_short_name_of_the_kv_cache(served: list[Any]) -> None:
+    assert main(["serve", "m", "--kv-cache-memory", "40GiB"]) == 0
+    assert served[0][0].kv_cache_memory_bytes == 40 << 30
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -75,6 +80,11 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
         (["serve", "a", "--port", "70000"], "--port: "),
         (["serve", "a", "--dtype", "int3"], "--dtype"),
         (["serve", "a", "--kv-cache-memory-bytes", "lots"], "512MiB"),
+        (["serve", "a", "--kv-cache-memory", "many"], "512MiB"),
+        (
+            ["serve", "a", "--kv-cache-memory", "1GiB", "--kv-cache-memory-bytes", "2GiB"],
+            "are one setting",
+        ),
         (["serve", "a", "--max-loras", "2"], "--max-loras needs --enable-lora"),
         (
             ["serve", "a", "--lora-modules", "x=y", "--max-loras", "2"],

@@ -6,6 +6,7 @@ import pytest
 
 from loramux.config import EngineConfig, LoRAConfig, ModelFacts, num_blocks, resolve
 from loramux.errors import ConfigError
+from loramux.llm import engine_config
 
 FACTS = ModelFacts("float32", "cpu", 1000, 100, 1 << 30)
 
@@ -40,6 +41,25 @@ def test_small_cache_shortens_the_default_length_but_not_a_wish() -> None:
     )
     with pytest.raises(ConfigError, match="cannot hold"):
         resolve(EngineConfig(model="m", kv_cache_memory_bytes=50_000, max_model_len=600), FACTS)
+
+
+def test_the_kv_cache_has_two_names_and_a_size_in_words() -> None:
+    for size, expected in (("40GiB", 40 << 30), ("1.5 MiB", 3 << 19), ("5000", 5000), (7, 7)):
+        for name in ("kv_cache_memory", "kv_cache_memory_bytes"):
+            assert EngineConfig(model="m", **{name: size}).kv_cache_memory_bytes == expected
+            given = engine_config("m", **{name: size})
+            assert given.kv_cache_memory_bytes == expected
+
+
+@pytest.mark.parametrize("size", ["lots", "12 parsecs", "-1", "", "0", 0])
+def test_a_size_that_is_none_is_refused(size: object) -> None:
+    with pytest.raises(ValueError, match=r"no size|greater than or equal to 1"):
+        EngineConfig(model="m", kv_cache_memory=size)
+
+
+def test_two_sizes_for_one_setting_are_refused() -> None:
+    with pytest.raises(ValueError, match="are one setting"):
+        EngineConfig(model="m", kv_cache_memory="1GiB", kv_cache_memory_bytes=5)
 
 
 def test_unknown_settings_are_refused() -> None:

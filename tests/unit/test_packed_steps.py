@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from loramux import LLM, LoRARequest, SamplingParams
+from loramux.config.graphs import row_buckets
 from loramux.engine import engine as engine_module
 from loramux.engine.gpu_runner import GpuRunner
-from loramux.engine.lora_choice import LoRAChooser, row_buckets
+from loramux.engine.lora_choice import LoRAChooser
 from loramux.engine.packing import Capacity, PackedStep, Run, fill, runs_of
 from loramux.engine.plan import PENDING, Row, SampleSpec
 from tiny import VOCAB, save_adapter, save_model

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux.config.lora import LoRAConfig
+from loramux.config.sizes import parse_size
 from loramux.errors import ConfigError
 
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 GIB = 1 << 30
+
+# Second names of fields -> the fields: vLLM's own name, and the shorter one.
+OTHER_NAMES = {"kv_cache_memory": "kv_cache_memory_bytes"}
 
 
 class EngineConfig(BaseModel):
@@ -47,11 +51,13 @@ class EngineConfig(BaseModel):
     """Tokens in one block of the KV cache."""
 
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
-    """Bytes for the KV cache. Default on a CPU: a quarter of the free memory, 4 GiB at most; on a
-    GPU: what `gpu_memory_utilization` leaves beside the weights and adapters."""
+    """Size of the KV cache, in bytes or as `40GiB`; also under the name `kv_cache_memory`. More than
+    is free is refused. Default on a CPU: a quarter of the free memory, 4 GiB at most; on a GPU: what
+    `gpu_memory_utilization` leaves beside weights, adapters, activations and graphs."""
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of the GPU's memory that loramux may take in all."""
+    """Share of the GPU's memory for weights, adapters, KV cache, activations and graphs together. The
+    driver's own part (about half a GiB) and other processes are not in it."""
 
     enable_prefix_caching: bool = True
     """Keep the KV blocks of finished requests and reuse them for equal prefixes."""
@@ -89,6 +95,26 @@ class EngineConfig(BaseModel):
 
     lora: LoRAConfig | None = None
     """The LoRA configuration; None serves the base model alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, data: Any) -> Any:
+        """Take a field under its second name; under both only with one value."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for other, name in OTHER_NAMES.items():
+            if other in data:
+                value = data.pop(other)
+                if data.get(name, value) != value:
+                    raise ValueError(f"{other} and {name} are one setting; give one of them")
+                data[name] = value
+        return data
+
+    @field_validator("kv_cache_memory_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return parse_size(value) if isinstance(value, str) else value
 
     @property
     def model_names(self) -> list[str]:

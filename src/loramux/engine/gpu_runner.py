@@ -18,16 +18,10 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
+from loramux.config.graphs import active_buckets, graph_sizes, row_buckets
 from loramux.engine.attention_plans import make_planner
-from loramux.engine.graphs import (
-    Captured,
-    DecodeGraphs,
-    GraphKey,
-    StepOutput,
-    active_buckets,
-    graph_sizes,
-)
-from loramux.engine.lora_choice import LoRAChoice, LoRAChooser, row_buckets
+from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
+from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import (
     CHUNK_WORDS,
     Capacity,

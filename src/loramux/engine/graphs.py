@@ -21,8 +21,6 @@ from rich.progress import track
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 512  # more sequences than this decode without a graph: their launches hide
-
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
@@ -104,17 +102,3 @@ class DecodeGraphs:
         self._pool = self._pool or graph.pool()
         captured = self._graphs[key] = Captured(graph, output)
         return captured
-
-
-def graph_sizes(most: int) -> list[int]:
-    """Batch sizes worth a graph, up to `most` sequences: close together where steps are short."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, LARGEST + 1, 32)]
-    most = min(most, LARGEST)
-    return sorted({size for size in sizes if size < most} | {most})
-
-
-def active_buckets(max_loras: int) -> list[int]:
-    """Powers of two up to `max_loras`, and `max_loras`."""
-    return sorted(
-        {1 << i for i in range(max_loras.bit_length()) if 1 << i < max_loras} | {max_loras}
-    )

@@ -66,13 +66,3 @@ class LoRAChooser:
             inside = {members: [row for row, _ in members] for members in pooled}
             return LoRAChoice(bucket, width, inside)
         return LoRAChoice(0, width, pooled)
-
-
-def row_buckets(rows: int) -> list[int]:
-    """Doubling from 16 up to the whole pool of `rows` rows."""
-    buckets = []
-    size = 16
-    while size < rows:
-        buckets.append(size)
-        size *= 2
-    return [*buckets, rows]

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from loramux.config import LoRAConfig, ModelFacts
-from loramux.engine.lora_choice import row_buckets
+from loramux.config.graphs import row_buckets
 from loramux.kernels import LoRASite, WorkList, lora_shrink, shrink_parts
 from loramux.layers.linear import MergedLinear
 
