@@ -21,6 +21,7 @@ from loramux.config import EngineConfig, ModelFacts
 from loramux.config.graphs import active_buckets, graph_sizes, row_buckets
 from loramux.engine.attention_plans import make_planner
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
+from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import (
     CHUNK_WORDS,
@@ -75,6 +76,7 @@ class GpuRunner(Runner):
         self._previous: dict[int, int] = {}  # sequence -> place of its token in `_chosen`
         self._lora_stream = self._side_stream()
         self._graph_width = -(-config.lora.max_lora_rank // 16) * 16 if config.lora else 0
+        self._logits_place: SharedLogits | None = None
         self._make_buffers()
         self._planner = make_planner(
             attached.attentions, self._decode, self._mixed, self.block_size, attached.model.dtype
@@ -197,7 +199,18 @@ class GpuRunner(Runner):
             lora = self._lora_step(packed, bound, step, key.base_rows, self._graph_width)
         lists = (list(range(count + 1)), [1] * count)
         attention = self._attention_batch(packed, count, 1, lists, self._blocks_per_sequence)
-        return self._forward(packed, count, None, attention, lora)
+        return self._forward(packed, count, None, attention, lora, self._shared_logits(count))
+
+    def _shared_logits(self, count: int) -> torch.Tensor | None:
+        if self.decoder is None:
+            return None
+        if self._logits_place is None:  # once: graphs hold its address
+            model, head = self.attached.model, self.decoder.head
+            self._logits_place = SharedLogits(
+                *(self._decode.capacity.tokens, int(head.out_features)),  # type: ignore[arg-type]
+                *(model.dtype, self._device),
+            )
+        return self._logits_place.first(count)  # [count, V]
 
     def _capture(self) -> DecodeGraphs | None:
         if not self._on_gpu or self.config.enforce_eager:
@@ -273,6 +286,7 @@ class GpuRunner(Runner):
         kept: int | None,
         attention: AttentionBatch,
         lora: LoRAStep | None,
+        out: torch.Tensor | None = None,
     ) -> StepOutput:
         """Run on the packed buffer's contents; `kept` None keeps every row."""
         view, batch = packed.view, self.attached.batch
@@ -285,7 +299,7 @@ class GpuRunner(Runner):
         batch.attention, batch.lora = attention, lora
         keep = None if kept is None else view(buffer, "keep")[:kept]  # [B]
         try:
-            logits = self._logits(ids, batch.positions, keep)  # [B, V]
+            logits = self._logits(ids, batch.positions, keep, out)  # [B, V]
         finally:
             batch.clear()
         greedy = likeliest(logits)  # [B]
@@ -293,10 +307,14 @@ class GpuRunner(Runner):
         return StepOutput(logits, greedy, ids if keep is None else ids[keep])
 
     def _logits(
-        self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | None,
+        out: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.decoder is not None:
-            return self.decoder.forward(ids, keep)  # [B, V]
+            return self.decoder.forward(ids, keep, out)  # [B, V]
         whole = torch.arange(len(ids), device=ids.device) if keep is None else keep.long()
         output = self.attached.model(
             input_ids=ids.unsqueeze(0),
@@ -387,14 +405,3 @@ class GpuRunner(Runner):
         if lora is None or not lora.dual_stream(str(self._device)):
             return None
         return torch.cuda.Stream(self._device)
-
-
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """argmax of each row of [B, V] -> [B], in two stages where few rows would not fill a GPU."""
-    rows, size = logits.shape
-    parts = next((n for n in range(512, 63, -1) if size % n == 0), 1)
-    if logits.device.type != "cuda" or rows > 16 or parts == 1:
-        return logits.argmax(dim=-1)  # [B]
-    values, places = logits.view(rows, parts, size // parts).max(dim=-1)  # [B, parts]
-    part = values.argmax(dim=-1, keepdim=True)  # [B, 1]
-    return (part * (size // parts) + places.gather(1, part)).squeeze(1)  # [B]

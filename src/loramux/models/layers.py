@@ -17,6 +17,7 @@ from torch import nn
 
 from loramux.kernels import (
     Activation,
+    Expand,
     NormMode,
     add_rms_norm,
     gated,
@@ -26,7 +27,7 @@ from loramux.kernels import (
 )
 from loramux.layers.attention import PagedAttention
 from loramux.layers.batch import StepBatch
-from loramux.layers.linear import MergedLinear
+from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.models.norms import FusedRMSNorm
 
 
@@ -70,7 +71,22 @@ class FusedLayer:
         batch: StepBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (normed) and residual, both [T, D] -> the same for the layer whose norm is `following`."""
-        attention, norm = self.attention, self.before_mlp
+        norm = self.before_mlp
+        y, expand = self._attend(x, table, batch)  # [T, D]
+        post = None if self.after_attention is None else self.after_attention.weight
+        x, residual = add_rms_norm(y, residual, norm.weight, norm.eps, norm.mode, post, expand)
+        del y, expand  # the MLP below takes most memory of all: nothing dead may lie beside it
+        y, expand = self._feed_forward(x)  # [T, D]
+        post = None if self.after_mlp is None else self.after_mlp.weight
+        return add_rms_norm(
+            *(y, residual, following.weight, following.eps, following.mode, post, expand)
+        )
+
+    def _attend(
+        self, x: torch.Tensor, table: torch.Tensor, batch: StepBatch
+    ) -> tuple[torch.Tensor, Expand | None]:
+        """x [T, D] -> what attention adds [T, D], without the delta still to be added."""
+        attention = self.attention
         assert batch.positions is not None and batch.slots is not None
         assert attention.k_cache is not None and attention.v_cache is not None
         qkv, expand = self.qkv.project(x)  # [T, (H + 2 Hkv) Dh]
@@ -79,15 +95,14 @@ class FusedLayer:
             *(attention.num_heads, *self._head_norms(), expand),
         )  # [T, H, Dh]
         attended = attention.attend(q)  # [T, H, Dh]
-        y, expand = self.o.project(attended.view(attended.shape[0], -1))  # [T, D]
-        post = None if self.after_attention is None else self.after_attention.weight
-        x, residual = add_rms_norm(y, residual, norm.weight, norm.eps, norm.mode, post, expand)
+        return self.o.project(attended.view(attended.shape[0], -1))  # [T, D]
+
+    def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
+        """x [T, D] -> what the MLP adds [T, D], without the delta still to be added."""
         gate_up, expand = self.gate_up.project(x)  # [T, 2 I]
-        y, expand = self.down.project(gated(gate_up, self.activation, expand))  # [T, D]
-        post = None if self.after_mlp is None else self.after_mlp.weight
-        return add_rms_norm(
-            *(y, residual, following.weight, following.eps, following.mode, post, expand)
-        )
+        inner = gated(gate_up, self.activation, expand)  # [T, I]
+        del gate_up, expand
+        return self.down.project(inner)  # [T, D]
 
     def _head_norms(
         self,
@@ -110,8 +125,15 @@ class FusedDecoder:
     batch: StepBatch
     softcap: float = 0.0
 
-    def forward(self, ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens [T] -> logits [B, V] of rows `keep` [B], or of all where that is None."""
+    def forward(
+        self,
+        ids: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens [T] -> logits [B, V] of rows `keep` [B], or of all where that is None.
+
+        `out` [B, V] takes the logits, and is what is returned."""
         residual = self.embedding(ids)  # [T, D]
         first = self.layers[0].before_attention
         x = rms_norm(residual, first.weight, first.eps, first.mode)  # [T, D]
@@ -119,13 +141,29 @@ class FusedDecoder:
         for layer, following in zip(self.layers, norms, strict=True):
             table = self.tables[layer.rope]
             x, residual = layer.forward(x, residual, following, table, self.batch)
-        logits = _head(self.head, x if keep is None else x[keep])  # [B, V]
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        logits = _head(self.head, x if keep is None else x[keep], out)  # [B, V]
+        if self.softcap:  # in place: logits of many rows are large
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
-def _head(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """x [B, D] -> logits [B, V]."""
+def _head(head: nn.Module, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """x [B, D] -> logits [B, V], in `out` if that is given."""
+    if out is not None:
+        weight = _plain_weight(head)  # [V, D]
+        if weight is not None:
+            return torch.mm(x, weight.t(), out=out)  # [B, V]
+        return out.copy_(_head(head, x, None))  # [B, V]
     if type(head) is nn.Linear:
         return linear(x, head.weight, head.bias)  # [B, V]
     logits: torch.Tensor = head(x)  # [B, V]
     return logits
+
+
+def _plain_weight(head: nn.Module) -> torch.Tensor | None:
+    """The weight [V, D] of a head that is a product with it and nothing else."""
+    if type(head) is nn.Linear:
+        return head.weight if head.bias is None else None
+    if isinstance(head, LinearSlice) and head.merged.num_slices == 1 and head.merged.bias is None:
+        return head.merged.weight
+    return None
