@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from loramux.config import EngineConfig, LoRAConfig
 from loramux.config.engine import OTHER_NAMES
 from loramux.config.neutral import drop_neutral
 from loramux.engine.engine import Engine
+from loramux.engine.memory_table import show
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.models.loader import load_schema
 from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprob
@@ -88,6 +90,8 @@ class LLM:
 
     def __init__(self, model: str, *, enable_lora: bool = False, **settings: Any):
         self.engine = Engine(engine_config(model, enable_lora=enable_lora, **settings))
+        if sys.stderr.isatty():  # the log has it in any case
+            show(self.engine.memory)
         self._ids = itertools.count()
         self._paths: dict[str, str] = {}
 

@@ -237,4 +237,7 @@ class EngineStats:
     device_evictions: int = 0
     host_loads: int = 0
     host_evictions: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes planned at start for each part of the memory."""
+
     adapters: list[AdapterStatus] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux.config import EngineConfig, LoRAConfig, ModelFacts, num_blocks, resolve
+from loramux.config import EngineConfig, ModelFacts, num_blocks, resolve
 from loramux.errors import ConfigError
 from loramux.llm import engine_config
 
@@ -21,13 +21,10 @@ def test_cpu_defaults() -> None:
     assert EngineConfig(model="m").max_model_len is None
 
 
-def test_gpu_defaults_take_what_is_left() -> None:
-    facts = ModelFacts("float32", "cuda", 1000, 100, 1 << 20)
+def test_gpu_defaults() -> None:
+    facts = ModelFacts("float32", "cuda", 1000, 100, 10 << 30, total_bytes=10 << 30)
     config = resolve(EngineConfig(model="m"), facts)
-    assert (config.kv_cache_memory_bytes, config.max_num_batched_tokens) == (
-        (1 << 20) * 9 // 10,
-        8192,
-    )
+    assert (config.max_num_batched_tokens, config.async_scheduling) == (8192, True)
 
 
 def test_length_beyond_the_model_is_refused() -> None:
@@ -73,10 +70,3 @@ def test_every_field_is_documented() -> None:
     for section in (EngineConfig, LoRAConfig, ServerConfig):
         missing = [n for n, f in section.model_fields.items() if not f.description and n != "host"]
         assert not missing, f"{section.__name__}: {missing}"
-
-
-def test_the_adapter_pool_is_paid_first() -> None:
-    facts = ModelFacts("bfloat16", "cuda", 1000, 100, 1 << 20, adapter_elements_per_row=1000)
-    config = EngineConfig(model="m", lora=LoRAConfig(max_loras=2, max_lora_rank=8))
-    left = (1 << 20) - 2 * 8 * 1000 * 2
-    assert resolve(config, facts).kv_cache_memory_bytes == left * 9 // 10

@@ -1,7 +1,18 @@
 """Settings, one file per section. `resolve` fills every "auto" once and returns a new object."""
 
-from loramux.config.engine import EngineConfig, ModelFacts, num_blocks, resolve
+from loramux.config.engine import EngineConfig, num_blocks, resolve
+from loramux.config.facts import ModelFacts
 from loramux.config.lora import LoRAConfig
+from loramux.config.memory import MemoryPlan, plan_memory
 from loramux.config.server import ServerConfig
 
-__all__ = ["EngineConfig", "LoRAConfig", "ModelFacts", "ServerConfig", "num_blocks", "resolve"]
+__all__ = [
+    "EngineConfig",
+    "LoRAConfig",
+    "MemoryPlan",
+    "ModelFacts",
+    "ServerConfig",
+    "num_blocks",
+    "plan_memory",
+    "resolve",
+]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loramux.config.facts import ModelFacts
 from loramux.config.lora import LoRAConfig
+from loramux.config.memory import default_kv_bytes, most_kv_bytes
+from loramux.config.memory_advice import kv_too_large, no_room_for_kv
 from loramux.config.sizes import parse_size
 from loramux.errors import ConfigError
 
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
-GIB = 1 << 30
 
 # Second names of fields -> the fields: vLLM's own name, and the shorter one.
 OTHER_NAMES = {"kv_cache_memory": "kv_cache_memory_bytes"}
@@ -121,48 +122,34 @@ class EngineConfig(BaseModel):
         return self.served_model_name or [self.model]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What was measured or read about model and machine before `resolve`; sizes in bytes."""
-
-    dtype: str
-    device: str
-    max_positions: int
-    kv_bytes_per_token: int
-    free_bytes: int
-    adapter_elements_per_row: int = 0  # A and B of one rank row, over all modules
-    length_limit_reason: str = "the model's max_position_embeddings"
-
-
 def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
     """Turn every "auto" into a value, once, in an order in which each step has what it needs.
 
     Returns a new config; raises ConfigError with the field and the remedy.
     """
     length = _resolve_length(config, facts)
-    on_gpu = facts.device.startswith("cuda")
+    on_gpu = facts.on_gpu
     tokens = config.max_num_batched_tokens or (8192 if on_gpu else 512)
     lora = config.lora.verify_with_model_config(facts) if config.lora else None
-    kv_bytes = config.kv_cache_memory_bytes or _default_kv_bytes(facts, on_gpu, lora)
+    run_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
+    resolved = config.model_copy(
+        update={
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "max_model_len": length,
+            "max_num_batched_tokens": tokens,
+            "async_scheduling": run_ahead,
+            "lora": lora,
+        }
+    )
+    kv_bytes = _resolve_kv_bytes(resolved, facts)
     # No more than every sequence at full length could ever fill.
     most = (length + config.block_size) * config.max_num_seqs * facts.kv_bytes_per_token
     kv_bytes = min(kv_bytes, most)
     needed = (length + config.block_size) * facts.kv_bytes_per_token
     if kv_bytes < needed:
         length = _shrink_length(config, facts, kv_bytes)
-    return config.model_copy(
-        update={
-            "dtype": facts.dtype,
-            "device": facts.device,
-            "max_model_len": length,
-            "max_num_batched_tokens": tokens,
-            "kv_cache_memory_bytes": kv_bytes,
-            "async_scheduling": on_gpu
-            if config.async_scheduling is None
-            else config.async_scheduling,
-            "lora": lora,
-        }
-    )
+    return resolved.model_copy(update={"max_model_len": length, "kv_cache_memory_bytes": kv_bytes})
 
 
 def num_blocks(config: EngineConfig, facts: ModelFacts) -> int:
@@ -182,18 +169,17 @@ def _resolve_length(config: EngineConfig, facts: ModelFacts) -> int:
     return length
 
 
-def _default_kv_bytes(facts: ModelFacts, on_gpu: bool, lora: LoRAConfig | None) -> int:
-    if not on_gpu:
-        return min(4 * GIB, facts.free_bytes // 4)
-    pool = adapter_pool_bytes(lora, facts) if lora else 0
-    # A tenth of what is left is for activations and logits, which nobody measures beforehand.
-    return max(0, facts.free_bytes - pool) * 9 // 10
-
-
-def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
-    """Bytes of the rank-row pool: `max_loras * max_lora_rank` rows of every module."""
-    element = 4 if lora.lora_dtype == "float32" else 2
-    return lora.max_loras * lora.max_lora_rank * facts.adapter_elements_per_row * element
+def _resolve_kv_bytes(config: EngineConfig, facts: ModelFacts) -> int:
+    """Bytes of the KV cache of a config that is resolved but for them. Raises ConfigError."""
+    asked = config.kv_cache_memory_bytes
+    most = most_kv_bytes(config, facts)
+    if asked is None:
+        if kv_bytes := default_kv_bytes(config, facts):
+            return kv_bytes
+        raise no_room_for_kv(config, facts)
+    if asked > most:
+        raise kv_too_large(config, facts, most)
+    return asked
 
 
 def _shrink_length(config: EngineConfig, facts: ModelFacts, kv_bytes: int) -> int:
@@ -205,6 +191,6 @@ def _shrink_length(config: EngineConfig, facts: ModelFacts, kv_bytes: int) -> in
             f"the KV cache of {kv_bytes} bytes cannot hold one sequence of "
             f"{config.max_model_len or 1} tokens, which takes {need} bytes",
             field="kv_cache_memory_bytes",
-            remedy="raise --kv-cache-memory-bytes or lower --max-model-len",
+            remedy="raise --kv-cache-memory or lower --max-model-len",
         )
     return fits

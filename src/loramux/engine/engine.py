@@ -23,11 +23,12 @@ from functools import partial
 import torch
 
 from loramux.adapters.store import AdapterStore
-from loramux.config import EngineConfig, resolve
+from loramux.config import EngineConfig, plan_memory, resolve
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
 from loramux.engine.loads import AdapterLoads
+from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
 from loramux.engine.runner import Running
 from loramux.engine.scheduler import make_scheduler
@@ -83,6 +84,8 @@ class Engine:
         """Load the model and get ready; takes seconds. Raises ConfigError or UnsupportedModel."""
         loaded = load_model(config)
         self.config = resolve(config, loaded.facts)
+        self.memory = plan_memory(self.config, loaded.facts)
+        logger.info("memory: %s", summary(self.memory))
         self.text = TextProcessor.load(
             config.tokenizer or config.model, config.revision, config.chat_template
         )
@@ -254,6 +257,7 @@ class Engine:
             device_evictions=pool.evictions if pool else 0,
             host_loads=store.reads if store else 0,
             host_evictions=store.host.evictions if store else 0,
+            memory=self.memory.parts(),
             adapters=self.adapters(),
         )
 

@@ -77,14 +77,19 @@ class GpuRunner(Runner):
         self._lora_stream = self._side_stream()
         self._graph_width = -(-config.lora.max_lora_rank // 16) * 16 if config.lora else 0
         self._logits_place: SharedLogits | None = None
-        self._make_buffers()
-        self._planner = make_planner(
-            attached.attentions, self._decode, self._mixed, self.block_size, attached.model.dtype
-        )
-        self._chooser = self._make_chooser(facts)
-        self._graphs = self._capture()
+        needs = self._plan.needs
+        with self._taking("workspace", needs.workspace):
+            self._make_buffers()
+            self._planner = make_planner(
+                *(attached.attentions, self._decode, self._mixed),
+                *(self.block_size, attached.model.dtype),
+            )
+            self._chooser = self._make_chooser(facts)
+        with self._taking("graphs", needs.graphs):
+            self._graphs = self._capture()
         if self._on_gpu:
-            self.warm_up()
+            with self._taking("activations", needs.activations):
+                self.warm_up()
 
     # --- a step --------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from loramux.adapters.store import AdapterStore
 from loramux.adapters.weights import AdapterWeights
 from loramux.engine.plan import AdapterLoad
 from loramux.errors import AdapterLoadFailed, LoramuxError
+from loramux.models.device_memory import is_out_of_memory
 from loramux.types import AdapterRef
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 # There is one reader, first come first served: a long row of adapters that may be wanted would keep
 # the next one that is wanted now waiting, and in a small host cache they would push each other out.
 MAX_PREFETCHES = 4
+
+MORE_FREE_MEMORY = (
+    "start with a lower --gpu-memory-utilization or --kv-cache-memory to leave more of it free"
+)
 
 Write = Callable[[AdapterLoad, AdapterWeights], None]
 Arrived = Callable[[AdapterRef, LoramuxError | None], None]
@@ -59,5 +64,14 @@ class AdapterLoads:
             failure = error
         except Exception as error:  # memory, or a bug: this request ends, the server does not
             logger.exception("loading adapter %r failed", load.ref.name)
-            failure = AdapterLoadFailed(f"adapter {load.ref.name!r} could not be loaded: {error}")
+            failure = _failure(load.ref.name, error)
         self._arrived(load.ref, failure)
+
+
+def _failure(name: str, error: Exception) -> AdapterLoadFailed:
+    """What the requests that waited for adapter `name` are told."""
+    if is_out_of_memory(error):
+        return AdapterLoadFailed(
+            f"there is not enough memory to load adapter {name!r}", remedy=MORE_FREE_MEMORY
+        )
+    return AdapterLoadFailed(f"adapter {name!r} could not be loaded: {error}")

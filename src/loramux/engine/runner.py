@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from loramux.adapters.weights import AdapterWeights
-from loramux.config import EngineConfig, ModelFacts, num_blocks
+from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
+from loramux.config.memory_advice import Part, out_of_memory
 from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
+from loramux.errors import ConfigError
 from loramux.models.attach import Attached
+from loramux.models.device_memory import refused_when_full
 
 if TYPE_CHECKING:  # it needs Triton, which a CPU does not
     from loramux.engine.device_loader import DeviceLoader
@@ -50,15 +55,22 @@ class Runner(ABC):
         self.run_ahead = bool(config.async_scheduling)
         self._device = attached.device
         dtype = getattr(torch, facts.dtype)
+        self._plan = plan_memory(config, facts)
+        self._taking = partial(_taking, config, facts)
+        with self._taking("pool", self._plan.needs.pool):
+            self._attach_pool(config, dtype)
+            self._loader = self._make_loader()
+        with self._taking("kv_cache", self._plan.kv_bytes):
+            for attention in attached.attentions:
+                attention.allocate(self.num_blocks, config.block_size, dtype, facts.device)
+
+    def _attach_pool(self, config: EngineConfig, dtype: torch.dtype) -> None:
         if config.lora is not None:
             rows = config.lora.max_loras * config.lora.max_lora_rank
             lora_dtype = getattr(torch, config.lora.lora_dtype)
             under = self.extends_products and lora_dtype == dtype
-            for site in attached.sites:
+            for site in self.attached.sites:
                 site.attach_site(rows, lora_dtype, under_weight=under)
-        self._loader = self._make_loader()
-        for attention in attached.attentions:
-            attention.allocate(self.num_blocks, config.block_size, dtype, facts.device)
 
     last_step: torch.cuda.Event | None = None  # fires when the newest step is done
     extends_products = False  # whether A stands under the base weights
@@ -107,3 +119,15 @@ class Runner(ABC):
         from loramux.engine.device_loader import DeviceLoader
 
         return DeviceLoader(self._device, sites, self.attached.schema)
+
+
+def _taking(
+    config: EngineConfig, facts: ModelFacts, part: Part, need: int
+) -> AbstractContextManager[None]:
+    """Where `part` of the memory is taken, about `need` bytes: running out becomes a ConfigError that
+    says which budget to lower."""
+
+    def refusal(free: int) -> ConfigError:
+        return out_of_memory(part, need, free, config, facts)
+
+    return refused_when_full(facts.device, refusal)

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from loramux.config import EngineConfig
+from loramux.config import EngineConfig, MemoryPlan
 from loramux.engine.engine import Engine
 from loramux.engine.loop_thread import LoopThread
 from loramux.errors import EngineError, EngineStopped, LoramuxError
@@ -27,6 +27,7 @@ class AsyncEngine:
         self._engine = engine
         self._thread = thread
         self.config: EngineConfig = engine.config
+        self.memory: MemoryPlan = engine.memory
         self.failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: dict[str, asyncio.Queue[Delta]] = {}

@@ -13,15 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from loramux.config import EngineConfig
 from loramux.engine.graphs import StepOutput
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import Members, runs_of
 from loramux.engine.plan import Row, SampleSpec
 from loramux.engine.sampler import Sampler
-from loramux.errors import ConfigError
 from loramux.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -66,20 +63,13 @@ def warm_up(
     """Run steps of few to most tokens, without and with adapters, and sample in every way.
 
     `ranks` are `places` (empty: no LoRA is served), `buckets` the pool rows that a base product may
-    take along. Raises ConfigError when the GPU has no memory for the largest step.
+    take along. Runs out of memory where the GPU has none for the largest step.
     """
     start = time.perf_counter()
-    try:
-        # The largest first: what the others need is then a part of its memory.
-        for tokens in sorted({limits.tokens, *TOKENS}, reverse=True):
-            if tokens <= limits.tokens:
-                _run_step(run, sampler, limits, ranks, buckets, tokens)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"a step of {limits.tokens} tokens does not fit into the GPU's memory beside the KV cache",
-            field="gpu_memory_utilization",
-            remedy="lower --gpu-memory-utilization or --max-num-batched-tokens",
-        ) from error
+    # The largest first: what the others need is then a part of its memory.
+    for tokens in sorted({limits.tokens, *TOKENS}, reverse=True):
+        if tokens <= limits.tokens:
+            _run_step(run, sampler, limits, ranks, buckets, tokens)
     logger.info("warmed up in %.1f s", time.perf_counter() - start)
 
 

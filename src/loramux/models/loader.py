@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loramux.config import EngineConfig, ModelFacts
+from loramux.config.memory_advice import weights_do_not_fit
 from loramux.errors import ConfigError, UnsupportedModel
 from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
+from loramux.models.device_memory import DeviceMemory, device_memory, refused_when_full
 from loramux.models.fuse import fuse
+from loramux.models.measure import measure
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,14 @@ class LoadedModel:
     facts: ModelFacts
     eos_token_ids: frozenset[int]
     vocab_size: int
+
+
+def _weights_refused(
+    config: EngineConfig, hf_config: PreTrainedConfig, device: str, free_bytes: int
+) -> ConfigError:
+    """Why a model did not get onto `device`."""
+    need = sum(p.numel() for p in _on_meta(config, hf_config).parameters())
+    return weights_do_not_fit(device, need * _dtype(config, hf_config).itemsize, free_bytes)
 
 
 def pick_device(device: str) -> str:
@@ -54,23 +65,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = pick_device(config.device)
     hf_config = read_config(config.model, config.revision)
     positions, reason = _max_positions(hf_config)
-    if config.load_format == "dummy":
-        model = _random(config, hf_config, device)
-    else:
-        model = _from_pretrained(config, hf_config)
-        model.to(device)
-    model.eval().requires_grad_(False)
-    attached = attach(model, config.lora)
-    attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
-    facts = ModelFacts(
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=device,
-        max_positions=positions,
-        kv_bytes_per_token=_kv_bytes(attached, model.dtype),
-        free_bytes=_free_bytes(device, config.gpu_memory_utilization),
-        adapter_elements_per_row=attached.schema.elements_per_row,
-        length_limit_reason=reason,
-    )
+    with refused_when_full(device, partial(_weights_refused, config, hf_config, device)):
+        if config.load_format == "dummy":
+            model = _random(config, hf_config, device)
+        else:
+            model = _from_pretrained(config, hf_config)
+            model.to(device)
+        model.eval().requires_grad_(False)
+        attached = attach(model, config.lora)
+        attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
+    facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()
     return LoadedModel(attached, facts, _eos_ids(model), int(text.vocab_size))
 
@@ -144,16 +148,7 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
 
 def _random(config: EngineConfig, hf_config: PreTrainedConfig, device: str) -> PreTrainedModel:
     """A model of this geometry with random weights, made on the device itself."""
-    register_attention()
-    declared = getattr(hf_config, "dtype", None) or torch.float32
-    dtype = declared if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=ATTENTION_NAME, dtype=dtype
-            )
-    except (ValueError, KeyError) as error:
-        raise _cannot_enter(config, hf_config, error) from error
+    model = _on_meta(config, hf_config)
     rotary = {
         name: type(module)(config=hf_config.get_text_config())
         for name, module in model.named_modules()
@@ -171,6 +166,25 @@ def _random(config: EngineConfig, hf_config: PreTrainedConfig, device: str) -> P
                 parameter.normal_(0.0, 0.02, generator=generator)
     model.tie_weights()
     return model
+
+
+def _dtype(config: EngineConfig, hf_config: PreTrainedConfig) -> torch.dtype:
+    """What the weights will be in, as far as the configuration says."""
+    declared = getattr(hf_config, "dtype", None) or torch.float32
+    dtype: torch.dtype = declared if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype
+
+
+def _on_meta(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights. Raises UnsupportedModel."""
+    register_attention()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=ATTENTION_NAME, dtype=_dtype(config, hf_config)
+            )
+    except (ValueError, KeyError) as error:
+        raise _cannot_enter(config, hf_config, error) from error
 
 
 def _cannot_enter(
@@ -216,29 +230,6 @@ def _original_positions(text: PreTrainedConfig) -> int | None:
     return int(found) if found else None
 
 
-def _kv_bytes(attached: Attached, dtype: torch.dtype) -> int:
-    """Bytes of K and V of one token over all layers."""
-    total = 0
-    for attention in attached.attentions:
-        assert attention.key_shape is not None and attention.value_shape is not None
-        total += attention.key_shape[0] * attention.key_shape[1]
-        total += attention.value_shape[0] * attention.value_shape[1]
-    return total * dtype.itemsize
-
-
-def _free_bytes(device: str, utilization: float) -> int:
-    """Memory that may still be taken, in bytes."""
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(total * utilization) - (total - free))
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     ids: set[int] = set()
     for source in (model.generation_config, model.config):
@@ -250,13 +241,20 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
 def load_schema(config: EngineConfig) -> Attached:
     """The model's structure without its weights, for checking adapters: no memory, no download of
     weights. Raises as `load_model` does."""
-    register_attention()
+    return attach(_on_meta(config, read_config(config.model, config.revision)), config.lora)
+
+
+def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str) -> ModelFacts:
+    """The facts of the model of `config` as `load_model` would find them on `device`, read from its
+    configuration alone. `memory` is what the device has before. Raises as `load_model` does."""
     hf_config = read_config(config.model, config.revision)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=ATTENTION_NAME, dtype=torch.float32
-            )
-    except (ValueError, KeyError) as error:
-        raise _cannot_enter(config, hf_config, error) from error
-    return attach(model, config.lora)
+    positions, reason = _max_positions(hf_config)
+    attached = attach(_on_meta(config, hf_config), config.lora)
+    facts = measure(attached, config, device, memory, (positions, reason))
+    text = hf_config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    table = min(config.max_model_len or positions, positions) * head * facts.widths.itemsize
+    weights = facts.weight_bytes + table
+    if weights > memory.free:
+        raise weights_do_not_fit(device, weights, memory.free)
+    return replace(facts, weight_bytes=weights, free_bytes=memory.free - weights)

@@ -86,6 +86,14 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("loramux_requests_running", "Requests in the batch.", stats.running)
     yield GaugeMetricFamily("loramux_requests_waiting", "Requests in the queue.", stats.waiting)
     yield GaugeMetricFamily("loramux_kv_cache_usage_ratio", "Share of KV blocks in use.", used)
+    memory = GaugeMetricFamily(
+        "loramux_memory_planned_bytes",
+        "Memory of the device, as planned at start.",
+        labels=["part"],
+    )
+    for part, num_bytes in stats.memory.items():
+        memory.add_metric([part], num_bytes)
+    yield memory
 
 
 def _residency(adapters: Iterable[AdapterStatus]) -> Iterator[Metric]:

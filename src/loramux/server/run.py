@@ -53,9 +53,12 @@ def serve(
     """
     listener = bind(config.host, config.port)  # first: loading a model for a taken port is a waste
     with contextlib.closing(listener):
+        from loramux.engine.memory_table import show
         from loramux.engine.service import AsyncEngine
 
-        return serve_engine(AsyncEngine.create(engine_config), config, adapters, listener)
+        engine = AsyncEngine.create(engine_config)
+        show(engine.memory)
+        return serve_engine(engine, config, adapters, listener)
 
 
 def serve_engine(

@@ -1,0 +1,38 @@
+"""What was measured or read about model and machine before any "auto" becomes a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What the size of a step's tensors depends on, in elements of `itemsize` bytes a row."""
+
+    hidden: int = 0
+    product: int = 0  # out of the widest product: gate and up together
+    inner: int = 0  # into the widest product: what the MLP multiplies down
+    vocab: int = 0
+    itemsize: int = 2
+    fused: bool = True  # the model's own forward keeps more at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Sizes in bytes."""
+
+    dtype: str
+    device: str
+    max_positions: int
+    kv_bytes_per_token: int
+    free_bytes: int  # that may be taken beside the weights, which are there already
+    adapter_elements_per_row: int = 0  # A and B of one rank row, over all modules
+    length_limit_reason: str = "the model's max_position_embeddings"
+    total_bytes: int = 0  # of the GPU; 0 where there is none
+    weight_bytes: int = 0
+    attention_bytes: int = 0  # what the attention library keeps, beside the KV cache
+    widths: Widths = field(default_factory=Widths)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")

@@ -1,0 +1,109 @@
+"""The facts of a wrapped model: how large its parts are, and what a step of it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+
+from loramux.config import EngineConfig, ModelFacts
+from loramux.config.facts import Widths
+from loramux.kernels.flashinfer_attention import Shape, workspace_bytes
+from loramux.layers.linear import MergedLinear
+from loramux.models.attach import Attached
+from loramux.models.device_memory import DeviceMemory
+
+NUM_PROCESSORS = 132  # of an H100 or H200, where the GPU is not there to be asked
+DEFAULT_STEP = 8192  # tokens, as `resolve` has it for GPUs
+
+
+def measure(
+    attached: Attached,
+    config: EngineConfig,
+    device: str,
+    memory: DeviceMemory,
+    limit: tuple[int, str],
+) -> ModelFacts:
+    """The facts of `attached`, whose weights may be on the meta device.
+
+    `memory` is what `device` has beside the weights, `limit` the longest context and why."""
+    return ModelFacts(
+        dtype=str(attached.model.dtype).removeprefix("torch."),
+        device=device,
+        max_positions=limit[0],
+        kv_bytes_per_token=_kv_bytes(attached),
+        free_bytes=memory.free,
+        adapter_elements_per_row=attached.schema.elements_per_row,
+        length_limit_reason=limit[1],
+        total_bytes=memory.total,
+        weight_bytes=weight_bytes(attached),
+        attention_bytes=_attention_bytes(attached, config) if device.startswith("cuda") else 0,
+        widths=_widths(attached),
+    )
+
+
+def weight_bytes(attached: Attached) -> int:
+    """Bytes of weights and of the fused decoder's tables, each counted once."""
+    tensors = chain(_weights(attached), _tables(attached))
+    storages = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def _weights(attached: Attached) -> Iterator[torch.Tensor]:
+    yield from attached.model.parameters()
+    yield from attached.model.buffers()
+    for merged, _ in attached.names.values():
+        yield from (tensor for tensor in (merged.weight, merged.bias) if tensor is not None)
+
+
+def _tables(attached: Attached) -> Iterator[torch.Tensor]:
+    if attached.decoder is not None:
+        yield from attached.decoder.tables.values()
+
+
+def _kv_bytes(attached: Attached) -> int:
+    """Bytes of K and V of one token over all layers."""
+    total = 0
+    for attention in attached.attentions:
+        assert attention.key_shape is not None and attention.value_shape is not None
+        total += attention.key_shape[0] * attention.key_shape[1]
+        total += attention.value_shape[0] * attention.value_shape[1]
+    return total * attached.model.dtype.itemsize
+
+
+def _widths(attached: Attached) -> Widths:
+    text = attached.model.config.get_text_config()
+    linears = {id(merged): merged for merged, _ in attached.names.values()}
+    layers: list[MergedLinear] = [m for m in linears.values() if m is not attached.head]
+    # On the meta device nothing is fused, for nothing can be compared: the usual case is planned.
+    planned = attached.model.device.type == "meta"
+    return Widths(
+        hidden=int(text.hidden_size),
+        product=max((merged.out_features for merged in layers), default=0),
+        inner=max((merged.in_features for merged in layers), default=0),
+        vocab=int(text.vocab_size),
+        itemsize=attached.model.dtype.itemsize,
+        fused=planned or attached.decoder is not None,
+    )
+
+
+def _attention_bytes(attached: Attached, config: EngineConfig) -> int:
+    """FlashInfer's workspaces; where Triton attends, what it needs is less."""
+    first = attached.attentions[0]
+    assert first.key_shape is not None
+    shape = Shape(
+        *(first.num_heads, *first.key_shape),
+        max_batch=config.max_num_seqs,
+        num_sms=_num_processors(attached.device),
+    )
+    kinds = len({attention.kind for attention in attached.attentions})
+    tokens = max(config.max_num_batched_tokens or DEFAULT_STEP, config.max_num_seqs)
+    lists = shape.prefill_bytes(config.max_num_seqs, tokens)
+    return workspace_bytes(shape, kinds) + kinds * (1 << (lists - 1).bit_length())
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return NUM_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
