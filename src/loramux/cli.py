@@ -1,4 +1,4 @@
-"""`loramux serve | bench | adapter check`: flags made from the settings, errors in one line.
+"""`loramux serve | plan | bench | adapter check`: flags made from the settings, errors in one line.
 
 Every field of the settings is a flag of the same name; where vLLM's flag is named otherwise, that
 name is used. Only flags that were given reach the settings, whose defaults then apply.
@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_plan(commands)
     commands.add_parser("bench", help="measure throughput and latency", add_help=False)
     adapter = commands.add_parser("adapter", help="work with adapter folders", allow_abbrev=False)
     _add_check(adapter.add_subparsers(required=True, metavar="COMMAND"))
@@ -103,7 +104,7 @@ def _add_serve(commands: Any) -> None:
     serve = commands.add_parser(
         "serve", help="start the OpenAI-compatible server", allow_abbrev=False
     )
-    serve.set_defaults(command=_serve)
+    serve.set_defaults(command=_serve, name="serve")
     serve.add_argument("model_positional", metavar="MODEL", nargs="?", help="local path or Hub id")
     serve.add_argument("--model", help="the same as a flag")
     add_flags(serve.add_argument_group("engine"), EngineConfig)
@@ -119,6 +120,31 @@ def _add_serve(commands: Any) -> None:
     add_flags(lora, LoRAConfig)
     add_flags(serve.add_argument_group("server"), ServerConfig)
     _add_neutral(serve)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="show what a start would take of the memory, without loading weights",
+        allow_abbrev=False,
+    )
+    plan.set_defaults(command=_plan, name="plan")
+    plan.add_argument("model_positional", metavar="MODEL", nargs="?", help="local path or Hub id")
+    plan.add_argument("--model", help="the same as a flag")
+    plan.add_argument(
+        "--device-memory",
+        type=parse_size,
+        metavar="BYTES",
+        help="plan for a GPU of this size (141GB, 24GiB) instead of this machine's device; with "
+        "--device cpu, for so much free memory",
+    )
+    add_flags(plan.add_argument_group("engine"), EngineConfig)
+    lora = plan.add_argument_group("LoRA, which is planned as soon as one of these is given")
+    for flag, name in {"--adapters": "max_loras", "--rank": "max_lora_rank"}.items():
+        keywords = _argument(name, LoRAConfig.model_fields[name])
+        keywords["help"] = f"The same as {flag_of(name)}."
+        lora.add_argument(flag, dest=name, default=argparse.SUPPRESS, **keywords)
+    add_flags(lora, LoRAConfig)
 
 
 def _add_check(commands: Any) -> None:
@@ -304,7 +330,7 @@ def _model_of(given: argparse.Namespace) -> str:
         return str(named.pop())
     if named:
         raise ConfigError("MODEL and --model name two models", remedy="give one of them")
-    raise ConfigError("no model is named", remedy="loramux serve MODEL")
+    raise ConfigError("no model is named", remedy=f"loramux {given.name} MODEL")
 
 
 def _serve(given: argparse.Namespace) -> int:
@@ -315,6 +341,20 @@ def _serve(given: argparse.Namespace) -> int:
     from loramux.server.run import serve
 
     return serve(config, server_config, adapters)
+
+
+def _plan(given: argparse.Namespace) -> int:
+    """Print the memory table of a start with these flags."""
+    with_lora = any(name in given for name in LoRAConfig.model_fields)
+    lora = settings_from(LoRAConfig, given) if with_lora else None
+    config = settings_from(EngineConfig, given, model=_model_of(given), lora=lora)
+    from rich.console import Console
+
+    from loramux.engine.memory_table import show
+    from loramux.engine.plan_start import plan_before_start
+
+    show(plan_before_start(config, given.device_memory), Console())
+    return 0
 
 
 def _check(given: argparse.Namespace) -> int:

@@ -97,8 +97,9 @@ def no_room_for_kv(config: EngineConfig, facts: ModelFacts) -> ConfigError:
             f"gpu_memory_utilization {config.gpu_memory_utilization:g} of "
             f"{format_size(facts.total_bytes)}"
         )
+    if taken.total + SPARE_BYTES < facts.free_bytes:
         remedy = f"raise --gpu-memory-utilization, or {remedy}"
-    if taken.total + SPARE_BYTES >= facts.free_bytes:
+    else:
         reasons.append(
             f"only {format_size(facts.free_bytes)} of the GPU are free beside the weights, and "
             f"{format_size(taken.total + SPARE_BYTES)} are needed for the rest"
