@@ -202,7 +202,11 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            running=self.running, blocks_total=100, blocks_used=25, adapters=self.adapters()
+            running=self.running,
+            blocks_total=100,
+            blocks_used=25,
+            memory={"weights": 700, "kv_cache": 900},
+            adapters=self.adapters(),
         )
 
     def on_load(self, callback: Callable[[AdapterRef, float], None]) -> None:

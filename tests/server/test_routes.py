@@ -46,6 +46,12 @@ def samples(app: App) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
+def test_metrics_of_memory(app: App) -> None:
+    seen = samples(app)
+    assert seen['loramux_memory_planned_bytes{part="weights"}'] == 700
+    assert seen['loramux_memory_planned_bytes{part="kv_cache"}'] == 900
+
+
 def test_metrics_of_requests(app: App) -> None:
     app.complete(max_tokens=4, n=2)
     app.complete(model="alpha", max_tokens=4)

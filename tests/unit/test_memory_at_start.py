@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,18 @@ import torch
 from rich.console import Console
 
 from loramux import LLM, LoRARequest, SamplingParams
+from loramux.config import EngineConfig, ServerConfig
 from loramux.engine import engine as engine_module
 from loramux.engine.gpu_runner import GpuRunner
 from loramux.engine.memory_table import show
 from loramux.engine.plan import AdapterLoad
+from loramux.engine.service import AsyncEngine
 from loramux.errors import AdapterLoadFailed, ConfigError, UnsupportedModel
 from loramux.layers.attention import PagedAttention
 from loramux.layers.linear import MergedLinear
 from loramux.models import device_memory, loader
 from loramux.models.device_memory import DeviceMemory, is_out_of_memory
+from loramux.server import run
 from loramux.types import AdapterUse, Delta
 from tiny import TinyWorld
 
@@ -171,6 +175,38 @@ def test_out_of_memory_in_a_load_refuses_that_load_only(
     with _start(tiny_world) as other:
         expected = other.generate([PROMPT], GREEDY, lora_request=lora)
         assert again == expected[0].outputs[0].token_ids
+
+
+def test_serve_shows_the_table(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[Any] = []
+
+    def serve_engine(engine: AsyncEngine, *_: object) -> int:
+        served.append(engine)
+        return 0
+
+    monkeypatch.setattr(run, "serve_engine", serve_engine)
+    settings = EngineConfig(model=str(tiny_world.model), device="cpu", kv_cache_memory="1MiB")
+    assert run.serve(settings, ServerConfig(port=0)) == 0
+    assert f"{served[0].memory.num_blocks:,} blocks" in capsys.readouterr().err
+    served[0]._thread.close()
+    served[0]._engine.close()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_offline_the_table_is_for_terminals(
+    tiny_world: TinyWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    terminal: bool,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    caplog.set_level("INFO", "loramux.engine.engine")
+    _start(tiny_world).close()
+    assert ("Memory of cpu" in capsys.readouterr().err) is terminal
+    assert any("KV cache" in message for message in caplog.messages)
 
 
 def test_the_table_has_every_part(tiny_world: TinyWorld) -> None:
