@@ -1,6 +1,7 @@
 """`loramux bench`: measurements that anyone can repeat.
 
     decode.py, at_once.py, load.py    on an engine, stepped one by one: how it is measured, what is shown
+    profile.py                        the same engine under a profiler
     kernels.py, kernel_set.py         on the ops alone
     sitting.py                        options, folders and results of one run of a command
     jobs.py                           one engine in one process, and the driver's view of it
@@ -29,10 +30,11 @@ workloads:
                transformers and PEFT, with time to first token and peak memory
   load         what the first use of an adapter costs its request, and all other streams
   kernels      microseconds of the products and LoRA kernels at a model's sizes
+  profile      where the microseconds of a step go, kernel by kernel
 
 loramux bench WORKLOAD --help lists its options."""
 
-WORKLOADS = ("decode", "throughput", "load", "kernels")
+WORKLOADS = ("decode", "throughput", "load", "kernels", "profile")
 
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, list[str]] | None = None) -> int:

@@ -59,8 +59,9 @@ def measures() -> dict[str, Measure]:
     from loramux.bench.at_once import measure as throughput
     from loramux.bench.decode import measure as decode
     from loramux.bench.load import measure as load
+    from loramux.bench.profile import measure as profile
 
-    return {"decode": decode, "throughput": throughput, "load": load}
+    return {"decode": decode, "throughput": throughput, "load": load, "profile": profile}
 
 
 def work(open_system: Callable[[dict[str, Any]], System], argv: Sequence[str]) -> int:
