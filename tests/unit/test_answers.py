@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loramux.engine.answers import AnswerWriter
@@ -40,6 +40,7 @@ def _text(deltas: list[Delta]) -> str:
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30), st.text(max_size=10))
 def test_pieces_add_up_to_the_text(text: str, prompt: str) -> None:
+    assume("<" not in text)  # it may spell a special token, which is left out
     detokenizer = Detokenizer(
         TEXT, TEXT.encode(prompt, add_special_tokens=False), skip_special_tokens=True
     )
