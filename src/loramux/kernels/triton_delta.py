@@ -25,16 +25,10 @@ MATRIX_ROWS = 16
 """Rows that a matrix product has at least."""
 
 COLUMNS = 128
-"""Width of the output tiles of an expand by matrix products."""
+"""Width of the output tiles of an expand."""
 
 FEW_ROWS = 16
-"""Chunks of at most so many rows are small: one warp expands a tile of theirs."""
-
-FEW_COLUMNS = 128
-"""Width of such a tile."""
-
-SINGLE_ROWS = 2
-"""So many rows of a chunk go one by one: a matrix product would be mostly padding."""
+"""Rows of a tile of such a width; 8 where chunks are no larger."""
 
 PROGRAMS_PER_UNIT = 8
 """Programs a multiprocessor gets at most; each streams little, so several must run at once."""
@@ -89,6 +83,16 @@ def _most_programs(device: torch.device) -> int:
 def programs(items: int, device: torch.device) -> tuple[int]:
     """The grid for at most so many work items."""
     return (min(items, _most_programs(device)),)
+
+
+def tile_programs(expand: Expand, tiles: int) -> tuple[int]:
+    """The grid of an expand with `tiles` tiles a chunk.
+
+    Large chunks are none of a captured graph's, which would start many programs for nothing."""
+    items = expand.work.max_chunks * tiles
+    if expand.work.rows_per_chunk > FEW_ROWS:
+        return (items,)
+    return programs(items, expand.h.device)
 
 
 @triton.jit
@@ -228,7 +232,9 @@ def chunk_delta(
                 ranks = k + tl.arange(0, 16)
                 at = rows.to(tl.int64)[:, None] * lora.row_stride
                 at += ((column + ranks) * SLICES + s)[None, :]
-                left = shrunk(lora, at, row_mask[:, None] & (ranks < r)[None, :], PARTS)
+                # Neither load waits for r.
+                left = shrunk(lora, at, row_mask[:, None] & (ranks < bound)[None, :], PARTS)
+                left = tl.where((ranks < r)[None, :], left, 0.0)  # [ROWS, 16]
                 right = b_tile(lora, p, ranks, bound, r, columns, own, WIDTH)  # [16, COLS]
                 total += product(left, right) * factor
             p, column, scale, bound = member_after(lora, member, chunk[3])
@@ -236,50 +242,31 @@ def chunk_delta(
 
 
 @triton.jit
-def _h_at(
-    lora, rows, live, s, column, ranks,
-    SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+def _h_tile(
+    lora, rows, live, s, column, ranks, r, SLICES: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """h at `ranks`: [16] of one row (`ROWS` 1, `rows` a scalar), [ROWS, 16] of several. What lies
-    behind a rank comes along, up to where h ends: the load does not wait for the rank."""
+    """h [ROWS, 16] at `ranks`, zeros from rank `r` on: the load does not wait for `r`."""
     at = (column + ranks) * SLICES + s
     inside = at < lora.h_width
-    if ROWS == 1:
-        at += tl.cast(rows, tl.int64) * lora.row_stride
-        return shrunk(lora, at, inside, PARTS)
-    else:
-        at = rows.to(tl.int64)[:, None] * lora.row_stride + at[None, :]
-        return shrunk(lora, at, live[:, None] & inside[None, :], PARTS)
+    at = rows.to(tl.int64)[:, None] * lora.row_stride + at[None, :]
+    h = shrunk(lora, at, live[:, None] & inside[None, :], PARTS)
+    return tl.where((ranks < r)[None, :], h, 0.0)
 
 
 @triton.jit
-def _times_b(h, ranks, r, b, ROWS: tl.constexpr):
-    """h times `b` [16, COLS]: one row without a tensor core [COLS], several with one [ROWS, COLS]."""
-    if ROWS == 1:
-        h = tl.where(ranks < r, h, 0.0).to(tl.float32)
-        return tl.sum(h[:, None] * b.to(tl.float32), 0)
-    else:
-        return product(tl.where((ranks < r)[None, :], h, 0.0), b)
-
-
-@triton.jit
-def few_delta(
+def tile_delta(
     lora, chunk, rows, live, s, columns, other_s, other_columns, column_mask,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PAIR: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """The deltas, float32, of rows of a small chunk at `columns` of slice `s` and, with `PAIR`, at
-    `other_columns` of slice `other_s`: [COLS] each of one row (`ROWS` 1, `rows` a scalar), else
-    [ROWS, COLS].
+    """The deltas [ROWS, COLS] float32 of rows of a chunk at `columns`, which lie in slice `s`, and
+    with `PAIR` at `other_columns` in slice `other_s`.
 
-    One copy of the body serves all members and ranks, and both tiles: programs loop, and a loop
-    whose instructions do not fit their cache is many times slower."""
+    The columns stand where a matrix product has its rows, of which it has at least 16: the tokens
+    may then be 8. One copy of the body serves all members and ranks, and both tiles: programs may
+    loop, and a loop whose instructions do not fit their cache is many times slower."""
     SLICES: tl.constexpr = len(STARTS) - 1
     WIDTH: tl.constexpr = STARTS[SLICES]
-    COLS: tl.constexpr = columns.shape[0]
-    if ROWS == 1:
-        one = tl.zeros((COLS,), tl.float32)
-    else:
-        one = tl.zeros((ROWS, COLS), tl.float32)
+    one = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
     other = one
     p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
     for member in range(chunk[2], chunk[3]):
@@ -287,34 +274,32 @@ def few_delta(
         other_r, other_factor = rank_and_factor(lora, other_s, p, scale, bound)
         for k in range(0, bound, 16):
             ranks = k + tl.arange(0, 16)
-            b = b_tile(lora, p, ranks, bound, r, columns, column_mask, WIDTH)
-            h = _h_at(lora, rows, live, s, column, ranks, SLICES, PARTS, ROWS)
+            b = b_tile(lora, p, ranks, bound, r, columns, column_mask, WIDTH)  # [16, COLS]
+            h = _h_tile(lora, rows, live, s, column, ranks, r, SLICES, PARTS)
             if PAIR:
                 other_b = b_tile(
                     lora, p, ranks, bound, other_r, other_columns, column_mask, WIDTH
                 )  # fmt: skip
-                other_h = _h_at(lora, rows, live, other_s, column, ranks, SLICES, PARTS, ROWS)
-                other += _times_b(other_h, ranks, other_r, other_b, ROWS) * other_factor
-            one += _times_b(h, ranks, r, b, ROWS) * factor
+                other_h = _h_tile(lora, rows, live, other_s, column, ranks, other_r, SLICES, PARTS)
+                other += product(tl.trans(other_b), tl.trans(other_h)) * other_factor
+            one += product(tl.trans(b), tl.trans(h)) * factor
         p, column, scale, bound = member_after(lora, member, chunk[3])
-    return one, other
+    return tl.trans(one), tl.trans(other)
 
 
-def few_columns(expand: Expand) -> int:
-    """Width of the tiles in which small chunks are expanded; 0: take the general way.
-
-    No tile may lie in two slices, so it divides all their bounds."""
-    if expand.work.rows_per_chunk > FEW_ROWS:
-        return 0
-    width = FEW_COLUMNS
+def tile_columns(expand: Expand) -> int:
+    """Width of the tiles of an expand, none of which lies in two slices: so it divides all their
+    bounds. 0: there is no such width, take the general way."""
+    width = COLUMNS
     while width >= 16 and any(start % width for start in expand.site.slice_starts):
         width //= 2
     return width if width >= 16 else 0
 
 
-def few_arguments() -> dict[str, Any]:
-    """What the kernels for small chunks take beside their columns."""
-    return {"ROWS": FEW_ROWS, "SINGLE": SINGLE_ROWS, "num_warps": 1, "num_stages": 1}
+def tile_arguments(expand: Expand) -> dict[str, Any]:
+    """What the kernels in such tiles take beside their columns."""
+    rows = min(FEW_ROWS, max(8, expand.work.rows_per_chunk))
+    return {"ROWS": rows, "num_warps": 2, "num_stages": 1}
 
 
 def kernel_arguments(expand: Expand | None) -> dict[str, Any]:

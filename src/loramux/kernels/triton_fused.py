@@ -19,14 +19,16 @@ from loramux.kernels.triton_delta import (
     chunk_and_end,
     chunk_delta,
     chunk_of,
-    few_arguments,
-    few_columns,
-    few_delta,
     kernel_arguments,
     programs,
     rounded,
     slice_at,
+    tile_arguments,
+    tile_columns,
+    tile_delta,
+    tile_programs,
 )
+from loramux.kernels.triton_launch import early, wait
 
 PLAIN_ROWS, PLAIN_COLUMNS = 4, 512
 """The tile of a gate without a delta."""
@@ -49,13 +51,14 @@ def _gate(left, right, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
 def _gated(
     gate, gate_stride, up, up_stride, out, count, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, ACTIVATION: tl.constexpr,
+    COLS: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (SIZE + COLS - 1) // COLS
     if lora is None:
         end = (count + ROWS - 1) // ROWS * TILES
     else:
         end = tl.load(lora.counts + 1) * TILES
+    wait(EARLY)
     for item in range(tl.program_id(0), end, tl.num_programs(0)):
         if lora is None:
             rows = item // TILES * ROWS + tl.arange(0, ROWS)
@@ -89,10 +92,10 @@ def _gated(
 
 
 @triton.jit
-def _gated_few(
+def _gated_tiles(
     gate, gate_stride, up, up_stride, out, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = SIZE // COLS
     dtype: tl.constexpr = gate.dtype.element_ty
@@ -100,52 +103,26 @@ def _gated_few(
     end = item + 1
     while item < end:
         chunk, end = chunk_and_end(lora, item, TILES)
-        if chunk[0] < chunk[1]:
-            low = item % TILES * COLS
-            columns = low + tl.arange(0, COLS)
-            here = columns < SIZE
-            s, t = slice_at(low, STARTS), slice_at(SIZE + low, STARTS)
-            if chunk[1] - chunk[0] <= SINGLE:
-                for row in range(chunk[0], chunk[1]):
-                    wide = tl.cast(row, tl.int64)
-                    left = tl.load(gate + wide * gate_stride + columns)  # [COLS]
-                    right = tl.load(up + wide * up_stride + columns)  # [COLS]
-                    value = _gate_of(
-                        left, right, lora, chunk, row, here, s, t, columns, here,
-                        STARTS, PARTS, SIZE, ACTIVATION, 1,
-                    )  # fmt: skip
-                    tl.store(out + wide * SIZE + columns, rounded(value, dtype))
-            else:
-                rows = chunk[0] + tl.arange(0, ROWS)
-                live = rows < chunk[1]
-                mask = live[:, None]
-                wide = rows.to(tl.int64)[:, None]
-                left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
-                right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
-                value = _gate_of(
-                    left, right, lora, chunk, rows, live, s, t, columns, here,
-                    STARTS, PARTS, SIZE, ACTIVATION, ROWS,
-                )  # fmt: skip
-                tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)
+        wait(EARLY)
+        low = item % TILES * COLS
+        columns = low + tl.arange(0, COLS)
+        here = columns < SIZE
+        s, t = slice_at(low, STARTS), slice_at(SIZE + low, STARTS)
+        for first in range(chunk[0], chunk[1], ROWS):
+            rows = first + tl.arange(0, ROWS)
+            live = rows < chunk[1]
+            mask = live[:, None]
+            wide = rows.to(tl.int64)[:, None]
+            left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
+            right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
+            one, other = tile_delta(
+                lora, chunk, rows, live, s, columns, t, SIZE + columns, here, STARTS, PARTS, True
+            )
+            one = rounded(one + left.to(tl.float32), dtype).to(tl.float32)  # [ROWS, COLS]
+            other = rounded(other + right.to(tl.float32), dtype).to(tl.float32)
+            value = _gate(one, other, dtype, ACTIVATION)
+            tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)
         item += tl.num_programs(0)
-
-
-@triton.jit
-def _gate_of(
-    left, right, lora, chunk, rows, live, s, t, columns, here,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """The gate of `left` and `right` with their deltas: [COLS] of one row or [ROWS, COLS]."""
-    dtype: tl.constexpr = left.dtype
-    one, other = few_delta(
-        lora, chunk, rows, live, s, columns, t, SIZE + columns, here, STARTS, PARTS, ROWS, True
-    )
-    one += left.to(tl.float32)
-    other += right.to(tl.float32)
-    one = rounded(one, dtype).to(tl.float32)
-    other = rounded(other, dtype).to(tl.float32)
-    return _gate(one, other, dtype, ACTIVATION)
 
 
 def _run_gated(
@@ -153,10 +130,9 @@ def _run_gated(
 ) -> torch.Tensor:
     count, size = gate.shape
     out = torch.empty((count, size), dtype=gate.dtype, device=gate.device)  # [T, I]
-    few = 0 if expand is None else few_columns(expand)
-    if expand is not None and few and size % few == 0:
-        grid = programs(expand.work.max_chunks * (size // few), gate.device)
-        _gated_few[grid](
+    width = 0 if expand is None else tile_columns(expand)
+    if expand is not None and width and size % width == 0:
+        _gated_tiles[tile_programs(expand, size // width)](
             gate,
             gate.stride(0),
             up,
@@ -164,9 +140,10 @@ def _run_gated(
             out,
             **kernel_arguments(expand),
             SIZE=size,
-            COLS=few,
+            COLS=width,
             ACTIVATION=activation,
-            **few_arguments(),
+            **tile_arguments(expand),
+            **early(gate.device),
         )
         return out  # [T, I]
     if expand is None:
@@ -187,6 +164,7 @@ def _run_gated(
         ROWS=rows,
         COLS=width,
         ACTIVATION=activation,
+        **early(gate.device),
         num_warps=4 if rows <= 16 else 8,
         num_stages=2,
     )
@@ -207,7 +185,10 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["count"])
-def _take_tokens(ids, sources, chosen, out, count, BLOCK: tl.constexpr):
+def _take_tokens(
+    ids, sources, chosen, out, count, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    wait(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < count
     source = tl.load(sources + at, mask=here, other=-1)
@@ -221,5 +202,5 @@ def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) 
     count = ids.shape[0]
     out = torch.empty(count, dtype=torch.int64, device=ids.device)  # [T]
     grid = (triton.cdiv(count, TOKENS),)
-    _take_tokens[grid](ids, sources, chosen, out, count, TOKENS)
+    _take_tokens[grid](ids, sources, chosen, out, count, TOKENS, **early(ids.device))
     return out  # [T]

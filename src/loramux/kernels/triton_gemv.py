@@ -14,26 +14,37 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from torch.nn import functional as F
 
 from loramux.kernels.triton_delta import rounded
+from loramux.kernels.triton_launch import early, wait
 
 ROWS, STEP, WARPS = 2, 2048, 4
 """Rows of the weight a program reads, and how much of each at a time."""
 
 
+@triton.jit
+def _tile(at, live, low: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Columns from `low` of the weight's rows at `at` [ROWS, 1]: [ROWS, STEP]."""
+    inputs = low + tl.arange(0, STEP)
+    mask = live[:, None] & (inputs < SIZE)[None, :]
+    return tl.load(at + inputs[None, :], mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _gemv(
     x, weight, weight_stride, bias, y, count,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < count
     at = weight + rows.to(tl.int64)[:, None] * weight_stride
     total = tl.zeros((ROWS, STEP), tl.float32)
+    following = _tile(at, live, 0, SIZE, STEP)  # needs nobody's result
+    wait(EARLY)
     for low in tl.static_range(0, SIZE, STEP):
+        right = following
+        if low + STEP < SIZE:
+            following = _tile(at, live, low + STEP, SIZE, STEP)
         inputs = low + tl.arange(0, STEP)
-        here = inputs < SIZE
-        left = tl.load(x + inputs, mask=here, other=0.0).to(tl.float32)  # [STEP]
-        mask = live[:, None] & here[None, :]
-        right = tl.load(at + inputs[None, :], mask=mask, other=0.0)  # [ROWS, STEP]
+        left = tl.load(x + inputs, mask=inputs < SIZE, other=0.0).to(tl.float32)  # [STEP]
         total += right.to(tl.float32) * left[None, :]
     result = tl.sum(total, 1)  # [ROWS]
     if bias is not None:
@@ -49,5 +60,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     y = x.new_empty(1, count)  # [1, N]
     step = min(STEP, triton.next_power_of_2(size))
     grid = (triton.cdiv(count, ROWS),)
-    _gemv[grid](x, weight, weight.stride(0), bias, y, count, size, ROWS, step, num_warps=WARPS)
+    _gemv[grid](
+        *(x, weight, weight.stride(0), bias, y, count, size, ROWS, step),
+        **early(x.device),
+        num_warps=WARPS,
+    )
     return y

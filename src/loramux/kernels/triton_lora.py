@@ -16,25 +16,29 @@ from loramux.kernels.triton_delta import (
     chunk_and_end,
     chunk_delta,
     chunk_of,
-    few_arguments,
-    few_columns,
-    few_delta,
     packed,
     programs,
     rounded,
     slice_at,
+    tile_arguments,
+    tile_columns,
+    tile_delta,
+    tile_programs,
 )
+from loramux.kernels.triton_launch import early, wait
 
 
 @triton.jit
 def _expand(
     y, y_stride, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = STARTS[len(STARTS) - 1]
     TILES: tl.constexpr = (WIDTH + COLS - 1) // COLS
     begin = tl.load(lora.counts) * TILES
     end = tl.load(lora.counts + 1) * TILES
+    wait(EARLY)
     for item in range(begin + tl.program_id(0), end, tl.num_programs(0)):
         chunk = chunk_of(lora, item // TILES)
         low = item % TILES * COLS
@@ -52,41 +56,30 @@ def _expand(
 
 
 @triton.jit
-def _expand_few(
+def _expand_tiles(
     y, y_stride, lora, STARTS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
-    ROWS: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    SLICES: tl.constexpr = len(STARTS) - 1
-    WIDTH: tl.constexpr = STARTS[SLICES]
+    WIDTH: tl.constexpr = STARTS[len(STARTS) - 1]
     TILES: tl.constexpr = WIDTH // COLS
     item = tl.program_id(0)
     end = item + 1
     while item < end:
         chunk, end = chunk_and_end(lora, item, TILES)
-        if (chunk[0] < chunk[1]) & (chunk[2] < chunk[3]):
+        wait(EARLY)
+        if chunk[2] < chunk[3]:
             low = item % TILES * COLS
             columns = low + tl.arange(0, COLS)
             here = columns < WIDTH
             s = slice_at(low, STARTS)
-            if chunk[1] - chunk[0] <= SINGLE:
-                for row in range(chunk[0], chunk[1]):
-                    at = y + tl.cast(row, tl.int64) * y_stride + columns
-                    value = tl.load(at)  # [COLS]
-                    delta = few_delta(
-                        lora, chunk, row, here, s, columns, s, columns, here, STARTS, PARTS, 1,
-                        False,
-                    )[0]  # fmt: skip
-                    total = value.to(tl.float32) + delta
-                    tl.store(at, rounded(total, y.dtype.element_ty))
-            else:
-                rows = chunk[0] + tl.arange(0, ROWS)
+            for first in range(chunk[0], chunk[1], ROWS):
+                rows = first + tl.arange(0, ROWS)
                 live = rows < chunk[1]
                 at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
                 value = tl.load(at, mask=live[:, None], other=0.0)  # [ROWS, COLS]
-                delta = few_delta(
-                    lora, chunk, rows, live, s, columns, s, columns, here, STARTS, PARTS, ROWS,
-                    False,
-                )[0]  # fmt: skip
+                delta = tile_delta(
+                    lora, chunk, rows, live, s, columns, s, columns, here, STARTS, PARTS, False
+                )[0]
                 total = value.to(tl.float32) + delta
                 tl.store(at, rounded(total, y.dtype.element_ty), mask=live[:, None])
         item += tl.num_programs(0)
@@ -96,11 +89,13 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     """Add the deltas of `expand` to `y` [T, N] (any row stride) in place."""
     site, work = expand.site, expand.work
     lora, parts = packed(site, expand.h, work), expand.h.shape[0]
-    width = few_columns(expand)
+    width = tile_columns(expand)
     if width:
-        grid = programs(work.max_chunks * (y.shape[1] // width), y.device)
-        starts, few = site.slice_starts, few_arguments()
-        _expand_few[grid](y, y.stride(0), lora, starts, parts, width, **few)
+        _expand_tiles[tile_programs(expand, y.shape[1] // width)](
+            *(y, y.stride(0), lora, site.slice_starts, parts, width),
+            **tile_arguments(expand),
+            **early(y.device),
+        )
         return
     rows = max(MATRIX_ROWS, work.rows_per_chunk)
     grid = programs(work.max_chunks * triton.cdiv(y.shape[1], COLUMNS), y.device)
@@ -112,6 +107,7 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
         parts,
         rows,
         COLUMNS,
+        **early(y.device),
         num_warps=4 if rows <= 16 else 8,
         num_stages=2,
     )

@@ -15,19 +15,19 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from loramux.kernels.arguments import Expand, NormMode
 from loramux.kernels.triton_delta import (
-    chunk_delta,
     chunk_of,
     kernel_arguments,
-    programs,
     rounded,
+    tile_delta,
 )
+from loramux.kernels.triton_launch import early, wait
 from loramux.kernels.triton_lora import lora_expand
 
 TILE_ROWS = 16
 """Rows of a tile where a norm takes its delta by matrix products."""
 
-TILE_COLUMNS = 512
-"""Columns of such a tile."""
+TILE_COLUMNS, TILE_WARPS = 128, 4
+"""Columns of such a tile, and the warps that take it."""
 
 
 @triton.jit
@@ -47,14 +47,16 @@ def normed(value, inverse, weight, MODE: tl.constexpr, dtype: tl.constexpr):
 def _rms_norm(
     x, outer_stride, inner_stride, inner, weight, out, count, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     here = columns < SIZE
     mask = (rows < count)[:, None] & here[None, :]
     at = rows // inner * outer_stride + rows % inner * inner_stride
-    value = tl.load(x + at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(weight + columns, mask=here, other=0.0)[None, :]
+    wait(EARLY)
+    value = tl.load(x + at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, 1) / SIZE + eps)[:, None]
     value = normed(value, inverse, factor, MODE, x.dtype.element_ty)  # [ROWS, BLOCK]
     at = out + rows[:, None] * SIZE + columns[None, :]
@@ -95,6 +97,7 @@ def rms_norm(
         block,
         rows,
         mode,
+        **early(x.device),
         num_warps=_row_warps(rows * block),
     )
     return out  # [..., D]
@@ -103,15 +106,16 @@ def rms_norm(
 @triton.jit
 def _add_norm_row(
     x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
     at = row.to(tl.int64)
+    factor = tl.load(weight + columns, mask=mask, other=0.0)  # asked for early: it is far away
+    wait(EARLY)
     value = tl.load(x + at * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     before = tl.load(residual + at * residual_stride + columns, mask=mask, other=0.0)
-    factor = tl.load(weight + columns, mask=mask, other=0.0)  # asked for early: it is far away
     value = rounded(value, residual.dtype.element_ty).to(tl.float32)
     if post_weight is not None:
         inverse = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
@@ -157,46 +161,48 @@ def _norm_tiles(
 def _add_norm_tiles(
     x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """For many rows: `TILES` tiles a chunk, so that one load of b serves `ROWS` rows.
 
-    The sums wait in `total`, which the second pass finds in the cache."""
-    for item in range(tl.program_id(0), tl.load(lora.counts + 1) * TILES, tl.num_programs(0)):
-        chunk = chunk_of(lora, item // TILES)
-        first_row, end_row = chunk[0] + item % TILES * ROWS, chunk[1]
-        if first_row < end_row:
-            rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
-            row_mask = rows < end_row
-            squares = tl.zeros((ROWS,), tl.float32)
-            for low in range(0, SIZE, COLS):
-                columns = low + tl.arange(0, COLS)
-                here = columns < SIZE
-                mask = row_mask[:, None] & here[None, :]
-                at = x + rows[:, None] * x_stride + columns[None, :]
-                value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
-                value += chunk_delta(
-                    lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
-                )
-                value = rounded(value, residual.dtype.element_ty)
-                if post_weight is None:
-                    before = residual + rows[:, None] * residual_stride + columns[None, :]
-                    before = tl.load(before, mask=mask, other=0.0).to(tl.float32)
-                    value = rounded(before + value.to(tl.float32), total.dtype.element_ty)
-                at = total + rows[:, None] * SIZE + columns[None, :]
-                tl.store(at, value.to(total.dtype.element_ty), mask=mask)
-                squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), 1)
-            tl.debug_barrier()  # other threads may read what these wrote
-            if post_weight is not None:
-                squares = _norm_tiles(
-                    total, residual, residual_stride, post_weight, total, rows, row_mask, squares,
-                    eps, SIZE, ROWS, COLS, MODE, residual.dtype.element_ty,
-                )  # fmt: skip
-                tl.debug_barrier()
-            _norm_tiles(
-                total, None, 0, weight, out, rows, row_mask, squares, eps, SIZE, ROWS, COLS, MODE,
-                total.dtype.element_ty,
+    The sums wait in `total`, which the second pass finds in the cache. Chunks behind the last are
+    empty."""
+    wait(EARLY)
+    item = tl.program_id(0)
+    chunk = chunk_of(lora, item // TILES)
+    first_row, end_row = chunk[0] + item % TILES * ROWS, chunk[1]
+    if first_row < end_row:
+        rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+        row_mask = rows < end_row
+        squares = tl.zeros((ROWS,), tl.float32)
+        for low in range(0, SIZE, COLS):
+            columns = low + tl.arange(0, COLS)
+            here = columns < SIZE
+            mask = row_mask[:, None] & here[None, :]
+            at = x + rows[:, None] * x_stride + columns[None, :]
+            value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
+            value += tile_delta(
+                lora, chunk, rows, row_mask, 0, columns, 0, columns, here, STARTS, PARTS, False
+            )[0]
+            value = rounded(value, residual.dtype.element_ty)
+            if post_weight is None:
+                before = residual + rows[:, None] * residual_stride + columns[None, :]
+                before = tl.load(before, mask=mask, other=0.0).to(tl.float32)
+                value = rounded(before + value.to(tl.float32), total.dtype.element_ty)
+            at = total + rows[:, None] * SIZE + columns[None, :]
+            tl.store(at, value.to(total.dtype.element_ty), mask=mask)
+            squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), 1)
+        tl.debug_barrier()  # other threads may read what these wrote
+        if post_weight is not None:
+            squares = _norm_tiles(
+                total, residual, residual_stride, post_weight, total, rows, row_mask, squares,
+                eps, SIZE, ROWS, COLS, MODE, residual.dtype.element_ty,
             )  # fmt: skip
+            tl.debug_barrier()
+        _norm_tiles(
+            total, None, 0, weight, out, rows, row_mask, squares, eps, SIZE, ROWS, COLS, MODE,
+            total.dtype.element_ty,
+        )  # fmt: skip
 
 
 def add_rms_norm(
@@ -212,7 +218,9 @@ def add_rms_norm(
 
     A norm needs a whole row in one program. With few rows few programs would have to load B alone
     (12 microseconds where the norm takes 2), so many expand first."""
-    if expand is not None and expand.work.rows_per_chunk <= TILE_ROWS:
+    if expand is not None and (
+        expand.work.rows_per_chunk <= TILE_ROWS or expand.site.num_slices > 1
+    ):
         lora_expand(x, expand)
         expand = None
     count, size = residual.shape
@@ -227,7 +235,7 @@ def add_rms_norm(
     )  # fmt: skip
     if expand is not None:
         tiles = triton.cdiv(expand.work.rows_per_chunk, TILE_ROWS)
-        _add_norm_tiles[programs(expand.work.max_chunks * tiles, x.device)](
+        _add_norm_tiles[(expand.work.max_chunks * tiles,)](
             *arguments,
             **kernel_arguments(expand),
             TILES=tiles,
@@ -235,8 +243,9 @@ def add_rms_norm(
             ROWS=TILE_ROWS,
             COLS=min(TILE_COLUMNS, triton.next_power_of_2(size)),
             MODE=mode,
-            num_warps=8,
-            num_stages=2,
+            **early(x.device),
+            num_warps=TILE_WARPS,
+            num_stages=1,
             enable_fp_fusion=False,
         )
         return out, total
@@ -246,6 +255,7 @@ def add_rms_norm(
         SIZE=size,
         BLOCK=block,
         MODE=mode,
+        **early(x.device),
         num_warps=_row_warps(block),
         enable_fp_fusion=False,
     )

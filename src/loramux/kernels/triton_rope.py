@@ -15,20 +15,21 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from loramux.kernels.arguments import Expand, NormMode
 from loramux.kernels.triton_delta import (
-    FEW_ROWS,
     MATRIX_ROWS,
     chunk_and_end,
     chunk_delta,
     chunk_of,
-    few_arguments,
-    few_delta,
     kernel_arguments,
     programs,
     rounded,
     slice_at,
+    tile_arguments,
+    tile_delta,
+    tile_programs,
 )
 from loramux.kernels.triton_heads import Heads, angles_at, finish_head
 from loramux.kernels.triton_kv import as_cache
+from loramux.kernels.triton_launch import early, wait
 
 ROWS = 16
 """Rows of a tile where there is no delta, so no chunk that would say it."""
@@ -60,7 +61,7 @@ def _rope_kv(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     dtype: tl.constexpr = qkv.dtype.element_ty
@@ -68,6 +69,7 @@ def _rope_kv(
         end = (count + ROWS - 1) // ROWS * ALL
     else:
         end = tl.load(lora.counts + 1) * ALL
+    wait(EARLY)
     for item in range(tl.program_id(0), end, tl.num_programs(0)):
         chunk = None
         if lora is None:
@@ -103,101 +105,80 @@ def _rope_kv(
 
 
 @triton.jit
-def _few_part(
-    qkv, qkv_stride, rows, live, low,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def _loaded(
+    qkv, qkv_stride, rows, live, low, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Columns low..low+SIZE-1: [BLOCK] of one row (`ROWS` 1, `rows` a scalar) or [ROWS, BLOCK]."""
+    """Columns low..low+SIZE-1: [ROWS, BLOCK]."""
     inside = tl.arange(0, BLOCK)
-    here = inside < SIZE
-    if ROWS == 1:
-        at = qkv + tl.cast(rows, tl.int64) * qkv_stride + low + inside
-        return tl.load(at, mask=here, other=0.0)
-    else:
-        at = qkv + rows.to(tl.int64)[:, None] * qkv_stride + (low + inside)[None, :]
-        return tl.load(at, mask=live[:, None] & here[None, :], other=0.0)
+    at = qkv + rows.to(tl.int64)[:, None] * qkv_stride + (low + inside)[None, :]
+    return tl.load(at, mask=live[:, None] & (inside < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def _whole(value, delta, ROWS: tl.constexpr):
-    """A `_few_part` and its delta, rounded: [ROWS, BLOCK] float32."""
-    total = rounded(value.to(tl.float32) + delta, value.dtype).to(tl.float32)
-    if ROWS == 1:
-        return total[None, :]
-    else:
-        return total
+def _whole(value, delta):
+    """A part and its delta, rounded: [ROWS, BLOCK] float32."""
+    return rounded(value.to(tl.float32) + delta, value.dtype).to(tl.float32)
 
 
 @triton.jit
-def _few_heads(
-    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, positions, head, s,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    MODE: tl.constexpr,
+def _tile_of_head(
+    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, head, s,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One head of `rows` (a scalar where `ROWS` is 1; `positions` are they as a tensor [ROWS])."""
+    """One head of `rows`."""
     REST: tl.constexpr = D - 2 * HALF
     at = head * D
-    live = positions < chunk[1]
+    live = rows < chunk[1]
     # Asked for first: the angles wait for the position.
-    position = tl.load(heads.positions + positions, mask=live, other=0)
-    slot = tl.load(heads.slots + positions, mask=live, other=-1)
-    low = _few_part(qkv, qkv_stride, rows, live, at, HALF, HALF_BLOCK, ROWS)
-    high = _few_part(qkv, qkv_stride, rows, live, at + HALF, HALF, HALF_BLOCK, ROWS)
+    position = tl.load(heads.positions + rows, mask=live, other=0)
+    slot = tl.load(heads.slots + rows, mask=live, other=-1)
+    low = _loaded(qkv, qkv_stride, rows, live, at, HALF, HALF_BLOCK)
+    high = _loaded(qkv, qkv_stride, rows, live, at + HALF, HALF, HALF_BLOCK)
     angles = angles_at(heads, position, live, HALF, HALF_BLOCK)
     inside = tl.arange(0, HALF_BLOCK)
-    low_delta, high_delta = few_delta(
+    low_delta, high_delta = tile_delta(
         lora, chunk, rows, live, s, at + inside, s, at + HALF + inside, inside < HALF, STARTS,
-        PARTS, ROWS, True,
+        PARTS, True,
     )  # fmt: skip
-    low, high = _whole(low, low_delta, ROWS), _whole(high, high_delta, ROWS)
-    rest = tl.zeros((ROWS, REST_BLOCK), tl.float32)
+    low, high = _whole(low, low_delta), _whole(high, high_delta)
+    rest = tl.zeros((rows.shape[0], REST_BLOCK), tl.float32)
     if REST > 0:
-        rest = _few_part(qkv, qkv_stride, rows, live, at + 2 * HALF, REST, REST_BLOCK, ROWS)
+        rest = _loaded(qkv, qkv_stride, rows, live, at + 2 * HALF, REST, REST_BLOCK)
         inside = tl.arange(0, REST_BLOCK)
         columns = at + 2 * HALF + inside
-        delta = few_delta(
-            lora, chunk, rows, live, s, columns, s, columns, inside < REST, STARTS, PARTS, ROWS,
-            False,
-        )[0]  # fmt: skip
-        rest = _whole(rest, delta, ROWS)
+        delta = tile_delta(
+            lora, chunk, rows, live, s, columns, s, columns, inside < REST, STARTS, PARTS, False
+        )[0]
+        rest = _whole(rest, delta)
     finish_head(
-        low, high, rest, head, positions, live, angles, slot, heads, k_cache, v_cache, HEADS,
+        low, high, rest, head, rows, live, angles, slot, heads, k_cache, v_cache, HEADS,
         KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE, qkv.dtype.element_ty,
     )  # fmt: skip
 
 
 @triton.jit
-def _rope_kv_few(
+def _rope_kv_tiles(
     qkv, qkv_stride, k_cache, v_cache, heads, lora, STARTS: tl.constexpr, PARTS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    MODE: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     item = tl.program_id(0)
     end = item + 1
     while item < end:
         chunk, end = chunk_and_end(lora, item, ALL)
-        if chunk[0] < chunk[1]:
-            head = item % ALL
-            at = head * D
-            s = slice_at(at, STARTS)
-            if chunk[1] - chunk[0] <= SINGLE:
-                for row in range(chunk[0], chunk[1]):
-                    _few_heads(
-                        qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, row,
-                        row + tl.arange(0, 1), head, s, STARTS, PARTS, 1, HEADS, KV_HEADS, D, HALF,
-                        HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
-                    )  # fmt: skip
-            else:
-                rows = chunk[0] + tl.arange(0, ROWS)
-                _few_heads(
-                    qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, rows, head, s,
-                    STARTS, PARTS, ROWS, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK,
-                    BLOCK_SIZE, MODE,
-                )  # fmt: skip
+        wait(EARLY)
+        head = item % ALL
+        s = slice_at(head * D, STARTS)
+        for first in range(chunk[0], chunk[1], ROWS):
+            rows = first + tl.arange(0, ROWS)
+            _tile_of_head(
+                qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, head, s, STARTS,
+                PARTS, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
+            )  # fmt: skip
         item += tl.num_programs(0)
 
 
@@ -235,10 +216,10 @@ def rope_kv(
         "MODE": mode,
     }
     lora = kernel_arguments(expand)
-    if expand is not None and _is_small(expand, size):
-        grid = programs(expand.work.max_chunks * everything, qkv.device)
-        few = few_arguments()
-        _rope_kv_few[grid](*arguments, **lora, **shapes, **few, enable_fp_fusion=False)
+    if expand is not None and all(start % size == 0 for start in expand.site.slice_starts):
+        tile = {**tile_arguments(expand), **early(qkv.device)}
+        grid = tile_programs(expand, everything)
+        _rope_kv_tiles[grid](*arguments, **lora, **shapes, **tile, enable_fp_fusion=False)
         return q  # [T, H, D]
     if expand is None:
         rows = ROWS
@@ -252,14 +233,9 @@ def rope_kv(
         **lora,
         ROWS=rows,
         **shapes,
+        **early(qkv.device),
         num_warps=4 if rows <= 16 else 8,
         num_stages=2,
         enable_fp_fusion=False,
     )
     return q  # [T, H, D]
-
-
-def _is_small(expand: Expand, size: int) -> bool:
-    """Whether chunks are small, and no head lies in two slices."""
-    few = expand.work.rows_per_chunk <= FEW_ROWS
-    return few and all(start % size == 0 for start in expand.site.slice_starts)

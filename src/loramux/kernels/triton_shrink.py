@@ -22,6 +22,7 @@ from loramux.kernels.triton_delta import (
     programs,
     rounded,
 )
+from loramux.kernels.triton_launch import early, wait
 
 FEATURES = 128
 """How much of the input one step of a shrink takes."""
@@ -30,39 +31,43 @@ FEATURES = 128
 @triton.jit
 def _shrink(
     x, x_stride, a, a_slice_stride, a_row_stride, lora,
-    WIDTH: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr,
+    WIDTH: tl.constexpr, SLICES: tl.constexpr, SPREAD: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # All parts take the same number of whole steps; the last ones may find nothing left.
     SPAN: tl.constexpr = (WIDTH + STEP * PARTS - 1) // (STEP * PARTS) * STEP
-    begin = tl.load(lora.counts) * (SLICES * PARTS)
-    end = tl.load(lora.counts + 1) * (SLICES * PARTS)
+    begin = tl.load(lora.counts) * PARTS
+    end = tl.load(lora.counts + 1) * PARTS
+    wait(EARLY)
+    # Sixteen ranks of all slices at once, so that x is read once: rank k of slice s is column
+    # k * SPREAD + s of a product.
+    places = tl.arange(0, 16 * SPREAD)
+    s = places % SPREAD
     for item in range(begin + tl.program_id(0), end, tl.num_programs(0)):
-        chunk = chunk_of(lora, item // (SLICES * PARTS))
-        s = item // PARTS % SLICES
+        chunk = chunk_of(lora, item // PARTS)
         part = item % PARTS
         rows = chunk[0] + tl.arange(0, ROWS)
         row_mask = rows < chunk[1]
+        x_rows = x + rows.to(tl.int64)[:, None] * x_stride
         p, column, _, bound = chunk[4], chunk[5], chunk[6], chunk[7]
         for member in range(chunk[2], chunk[3]):
-            r = tl.minimum(tl.load(lora.row_r + s * lora.pool_rows + p), bound)
-            for k in range(0, r, 16):
-                ranks = k + tl.arange(0, 16)
+            r = tl.load(lora.row_r + s * lora.pool_rows + p, mask=s < SLICES, other=0)
+            r = tl.minimum(r, bound)  # [16 SPREAD]
+            for k in range(0, tl.max(r, 0), 16):
+                ranks = k + places // SPREAD
                 live = ranks < r
-                x_rows = x + rows.to(tl.int64)[:, None] * x_stride
-                a_rows = (
-                    a
-                    + s.to(tl.int64) * a_slice_stride
-                    + (p + ranks).to(tl.int64)[:, None] * a_row_stride
-                )
-                total = tl.zeros((ROWS, 16), tl.float32)
+                a_rows = a + s.to(tl.int64) * a_slice_stride
+                a_rows += (p + ranks).to(tl.int64) * a_row_stride
+                total = tl.zeros((ROWS, 16 * SPREAD), tl.float32)
                 for low in range(part * SPAN, tl.minimum((part + 1) * SPAN, WIDTH), STEP):
                     inputs = low + tl.arange(0, STEP)
                     here = (inputs < WIDTH)[None, :]
                     left = tl.load(
                         x_rows + inputs[None, :], mask=row_mask[:, None] & here, other=0.0
                     )
-                    right = tl.load(a_rows + inputs[None, :], mask=live[:, None] & here, other=0.0)
+                    right = tl.load(
+                        a_rows[:, None] + inputs[None, :], mask=live[:, None] & here, other=0.0
+                    )
                     left = rounded(left, a.dtype.element_ty)  # [ROWS, STEP]
                     total += product(left, tl.trans(right))
                 at = lora.h + part * lora.part_stride + rows.to(tl.int64)[:, None] * lora.row_stride
@@ -76,8 +81,7 @@ def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor
     """Fill `h` [P, T, W] with P partial sums over the features of x [T, in] @ A^T."""
     a, parts, rows = site.a, h.shape[0], max(MATRIX_ROWS, work.rows_per_chunk)
     slices, _, width = a.shape
-    grid = programs(work.max_chunks * slices * parts, x.device)
-    _shrink[grid](
+    _shrink[programs(work.max_chunks * parts, x.device)](
         x,
         x.stride(0),
         a,
@@ -86,9 +90,11 @@ def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor
         packed(site, h, work),
         width,
         slices,
+        triton.next_power_of_2(slices),
         parts,
         rows,
         FEATURES,
+        **early(x.device),
         num_warps=4,
         num_stages=3,
     )
