@@ -112,6 +112,21 @@ def test_prefill_and_mixed_steps() -> None:
             assert_right(planner.run(*inputs, kind), step, kind)
 
 
+def test_decodes_beside_prefills() -> None:
+    """The first sequences of a step are decoded, the others prefilled; then all of them decode."""
+    planner = make_planner((8, 2))
+    for lengths in (DECODE + MIXED[1:3], [(1, 9), *MIXED[4:]], DECODE, MIXED):
+        decodes = sum(1 for rows, _ in lengths if rows == 1) if lengths is not MIXED else 1
+        step = make_step(lengths, (8, 2))
+        rows = step.batch.query_starts[-1]
+        planner.plan_prefill(step.qo_indptr, step.kv_indptr, step.last_page_len, rows, decodes)
+        step.qo_indptr = (step.qo_indptr[decodes:] - decodes).pin_memory()
+        step.send(planner)
+        inputs = step.on_gpu()
+        for kind in KINDS:
+            assert_right(planner.run(*inputs, kind), step, kind)
+
+
 class Graph:
     """Decode at one batch size, captured with a step of next to nothing."""
 
@@ -135,7 +150,7 @@ class Graph:
         return {kind: self.planner.run(self.q, *self.caches, kind) for kind in KINDS}
 
     def _plan_info(self) -> list[list[int]]:
-        return [list(lane.live._plan_info) for lane in self.planner._lanes.values()]
+        return [list(lane.decoder._plan_info) for lane in self.planner._lanes.values()]
 
     def plan(self, step: Step) -> None:
         self.planner.plan_decode(self.size, step.kv_indptr, step.last_page_len, graph=True)

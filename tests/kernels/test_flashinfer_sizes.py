@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loramux.kernels.flashinfer_attention import Shape, available, window_left
+from loramux.kernels.flashinfer_attention import available, window_left
+from loramux.kernels.flashinfer_sizes import Shape
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 128])

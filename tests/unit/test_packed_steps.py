@@ -14,7 +14,15 @@ from loramux.config.graphs import row_buckets
 from loramux.engine import engine as engine_module
 from loramux.engine.gpu_runner import GpuRunner
 from loramux.engine.lora_choice import LoRAChooser
-from loramux.engine.packing import Capacity, PackedStep, Run, fill, runs_of
+from loramux.engine.packing import (
+    Capacity,
+    PackedStep,
+    Run,
+    decodes_first,
+    fill,
+    leading_decodes,
+    runs_of,
+)
 from loramux.engine.plan import PENDING, Row, SampleSpec
 from tiny import VOCAB, save_adapter, save_model
 
@@ -136,6 +144,22 @@ def test_a_packed_step_says_what_its_rows_say():
     assert arrays["member_ranks"][0] == 8
     assert arrays["counts"].tolist() == [2, 3]
     assert np.isclose(arrays["member_scales"][0], 0.5)
+
+
+def test_rows_of_one_token_come_first_where_there_are_enough():
+    long, short = row(1, (5, 6), 0, (1,)), [row(i, (4,), 9, (i,)) for i in range(2, 6)]
+    mixed = [short[0], long, *short[1:]]
+    assert list(decodes_first(mixed)) == [*short, long]
+    assert leading_decodes([*short, long]) == 4 and leading_decodes(short) == 4
+    assert list(decodes_first(mixed[:3])) == mixed[:3] and leading_decodes(mixed[:3]) == 0
+    packed = PackedStep(Capacity(16, 8, 8, 32), torch.device("cpu"))
+    host = packed.next_host()
+    fill(
+        *(packed, host, [*short, long], 16),
+        previous={}, columns={}, ranks={}, rows_per_chunk=8, decodes=4,
+    )  # fmt: skip
+    assert packed.arrays(host)["prefill_starts"][:2].tolist() == [0, 2]
+    assert packed.arrays(host)["query_starts"][:6].tolist() == [0, 1, 2, 3, 4, 6]
 
 
 def test_padding_writes_nowhere_and_reads_one_position():

@@ -52,5 +52,5 @@ def _reason_against(
 
 
 def _buffers(packed: PackedStep) -> PlanBuffers:
-    names = ("page_starts", "pages", "last_page_lens", "query_starts")
+    names = ("page_starts", "pages", "last_page_lens", "prefill_starts")
     return PlanBuffers(*(packed.view(packed.device, name) for name in names))

@@ -30,7 +30,9 @@ from loramux.engine.packing import (
     Run,
     StepShape,
     chunk_rows,
+    decodes_first,
     fill,
+    leading_decodes,
     runs_of,
 )
 from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
@@ -96,7 +98,7 @@ class GpuRunner(Runner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> GpuRunning:
         """Queue one step. Raises what a launch raises; what the device finds out, `read` raises."""
-        rows = plan.rows
+        rows: Sequence[Row] = plan.rows
         runs = runs_of(rows)
         choice = self._choose_lora(runs, plan.num_tokens)
         captured = self._find_graph(rows, runs, choice)
@@ -104,6 +106,7 @@ class GpuRunner(Runner):
             output, count = self._replay(rows, captured[0], captured[1], choice), len(rows)
             output = StepOutput(output.logits[:count], output.greedy[:count], output.ids[:count])
         else:
+            rows = decodes_first(rows)
             output = self._run_eagerly(rows, choice)
         return self._choose_tokens(rows, output)
 
@@ -135,6 +138,7 @@ class GpuRunner(Runner):
         choice: LoRAChoice | None,
         rows_per_chunk: int,
         pad_to: int = 0,
+        decodes: int = 0,
     ) -> tuple[torch.Tensor, StepShape]:
         host = packed.next_host()
         shape = fill(
@@ -144,6 +148,7 @@ class GpuRunner(Runner):
             ranks=self._ranks,
             rows_per_chunk=rows_per_chunk,
             pad_to=pad_to,
+            decodes=decodes,
         )
         return host, shape
 
@@ -246,11 +251,12 @@ class GpuRunner(Runner):
     def _run_eagerly(
         self, rows: Sequence[Row], choice: LoRAChoice | None, *, store: bool = True
     ) -> StepOutput:
-        """Without `store` no key and no value goes into the cache."""
+        """`rows` as `decodes_first` has them. Without `store` nothing goes into the KV cache."""
         packed = self._mixed
         tokens = sum(len(row.token_ids) for row in rows)
         rows_per_chunk = chunk_rows(tokens)
-        host, shape = self._fill(packed, rows, choice, rows_per_chunk)
+        decodes = leading_decodes(rows)
+        host, shape = self._fill(packed, rows, choice, rows_per_chunk, decodes=decodes)
         if not store:
             packed.view(host, "slots")[:tokens] = -1
         count = shape.sequences
@@ -259,7 +265,7 @@ class GpuRunner(Runner):
         pages = packed.view(host, "page_starts")[: count + 1]
         if self._planner is not None:
             lasts = packed.view(host, "last_page_lens")[:count]
-            self._planner.plan_prefill(starts, pages, lasts, tokens)
+            self._planner.plan_prefill(starts, pages, lasts, tokens, decodes)
         widest = int((pages[1:] - pages[:-1]).max())
         lists = (starts.tolist(), contexts.tolist())
         packed.send(host, shape.words)

@@ -20,8 +20,10 @@ from loramux.engine.plan import PENDING, Row
 Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
 CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
-SMALL_CHUNK, LARGE_CHUNK = 16, 64  # rows that a LoRA program takes together: B is read once
-MANY_TOKENS = 512  # from here on chunks are large
+# Rows that a LoRA program takes together: B is read once. Steps of up to so many tokens: that many.
+CHUNKS = ((64, 8), (512, 16))
+FEWEST_DECODES = 4  # in a mixed step: fewer are not worth kernels of their own
+LARGE_CHUNK = 64  # of larger steps, which no graph captures
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Capacity:
             "member_scales": self.members,  # the bits of a float32
             "member_ranks": self.members,
             "query_starts": self.sequences + 1,
+            "prefill_starts": self.sequences + 1,
             "context_lens": self.sequences,
             "page_starts": self.sequences + 1,
             "last_page_lens": self.sequences,
@@ -141,7 +144,22 @@ def _offsets(lengths: list[int]) -> list[int]:
 
 def chunk_rows(tokens: int) -> int:
     """Rows of the chunks of a step of so many tokens."""
-    return SMALL_CHUNK if tokens < MANY_TOKENS else LARGE_CHUNK
+    return next((rows for most, rows in CHUNKS if tokens <= most), LARGE_CHUNK)
+
+
+def decodes_first(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows of one token before longer ones, where both are there; else as they are.
+
+    Attention takes them with different kernels. Compositions then stand in two places each."""
+    if sum(len(row.token_ids) == 1 for row in rows) < FEWEST_DECODES:
+        return rows
+    return sorted(rows, key=lambda row: len(row.token_ids) > 1)
+
+
+def leading_decodes(rows: Sequence[Row]) -> int:
+    """How many rows at the start are decoded by kernels of their own."""
+    count = next((i for i, row in enumerate(rows) if len(row.token_ids) > 1), len(rows))
+    return count if count >= FEWEST_DECODES else 0
 
 
 def runs_of(rows: Sequence[Row]) -> list[Run]:
@@ -169,17 +187,20 @@ def fill(
     ranks: Mapping[int, int],
     rows_per_chunk: int,
     pad_to: int = 0,
+    decodes: int = 0,
 ) -> StepShape:
     """Write a step into `host`.
 
     `previous` says where in the step before a sequence's token was chosen, `columns` where in `h`
     the members of a composition stand, `ranks` how many rank rows the adapter of a pool row has.
     Rows up to `pad_to` are filled with tokens that write nothing and attend to one position of
-    block 0.
+    block 0. `prefill_starts` counts from behind the first `decodes` rows, of one token each.
     """
     arrays = packed.arrays(host)
     tokens = _fill_tokens(arrays, rows, block_size, previous)
     kept, longest = _fill_sequences(arrays, rows, block_size)
+    rest = arrays["query_starts"][decodes : len(rows) + 1]
+    arrays["prefill_starts"][: len(rest)] = rest - decodes
     runs = runs_of(rows)
     chunks = _fill_chunks(arrays, runs, columns, ranks, rows_per_chunk)
     # A captured graph looks at as many as it has rows.

@@ -21,15 +21,13 @@ from typing import Any
 
 import torch
 
+from loramux.kernels.flashinfer_sizes import Shape
+
 Kind = tuple[float, int, float]
 """(scaling, window, softcap) of a layer, as `paged_attention` takes them."""
 
 TESTED = ("0.6.14",)
 HEAD_DIMS = (64, 128, 256)
-
-FLOAT_WORKSPACE = 128 << 20  # what FlashInfer's documentation recommends
-BLOCKS_PER_SM = 2  # its tensor-core kernels are planned for so many blocks on each processor
-TENSOR_CORE_GROUP = 4  # query heads per KV head from which tensor cores decode faster
 
 
 def available(
@@ -67,7 +65,8 @@ class PlanBuffers:
     """[max_batch]: positions in a sequence's last page, 1..block_size."""
 
     qo_indptr: torch.Tensor
-    """[max_batch+1]: query rows of each sequence; a decode plan does not look at it."""
+    """[max_batch+1]: where the rows of each sequence of a prefill plan begin, counted from the first
+    of them; a decode plan does not look at it."""
 
     @staticmethod
     def allocate(max_batch: int, max_blocks: int, device: torch.device) -> PlanBuffers:
@@ -76,58 +75,11 @@ class PlanBuffers:
         return PlanBuffers(*(torch.zeros(n, dtype=torch.int32, device=device) for n in sizes))
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the sizes of the workspaces depend on."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_batch: int
-    num_sms: int
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether decode runs on them; small groups would leave most of their rows empty."""
-        return self.group >= TENSOR_CORE_GROUP
-
-    def float_bytes(self) -> int:
-        """Partial results of pieces: a captured decode step reserves one for every tile."""
-        pieces = BLOCKS_PER_SM * self.num_sms // self.num_kv_heads
-        widest = 128 if self.head_dim < 256 else 64  # rows of the largest tile
-        tile = 16 if self.group <= 16 else 64 if self.group <= 64 else widest
-        tiles = -(-self.max_batch * self.group // tile) + self.max_batch
-        decode, prefill = max(pieces, tiles) * tile, pieces * widest
-        # Decode without tensor cores: a piece per resident block, at most 32 of them on a processor.
-        plain = 32 * self.num_sms // self.num_kv_heads + self.max_batch
-        rows = max(decode, prefill, plain)
-        return max(FLOAT_WORKSPACE, rows * self.num_heads * (self.head_dim + 1) * 4 + 4096)
-
-    def decode_bytes(self) -> int:
-        """Lists of a decode plan: 13 bytes a tile and 8 a sequence, less than this."""
-        return (64 << 10) + 16 * 32 * self.num_sms + 64 * self.max_batch
-
-    def prefill_bytes(self, batch_size: int, rows: int) -> int:
-        """Lists of a prefill plan: FA3 has 7 words per tile of 128 rows and head, FA2 a word per
-        row and 13 bytes per tile of 16 packed rows."""
-        fa3 = (-(-rows // 128) + batch_size) * self.num_heads * 28
-        fa2 = (rows * self.group // 16 + batch_size + BLOCKS_PER_SM * self.num_sms) * 16 + rows * 8
-        return max(fa3, fa2) + (64 << 10) + 16 * batch_size
-
-
-def workspace_bytes(shape: Shape, kinds: int) -> int:
-    """Device memory that a planner takes before its first prefill."""
-    return shape.float_bytes() + kinds * shape.decode_bytes()
-
-
 class _HostRing:
     """Page-locked buffers in turn; one is written again only when its last copy is done.
 
-    With two for each kind the copy waited for is that of the step before the last."""
+    A step takes up to two for each kind; with four the copy waited for is that of the step before
+    the last."""
 
     def __init__(self, count: int, num_bytes: int):
         self._slots = [self._locked(num_bytes) for _ in range(count)]
@@ -177,7 +129,7 @@ class _Lane:
     prefill_lists: torch.Tensor  # [bytes]
     decoders: dict[int, Any] = field(default_factory=dict)  # by captured batch size; 0: uncaptured
     prefill: Any = None
-    live: Any = None
+    decoder: Any = None  # of the step planned last
 
 
 def window_left(window: int) -> int:
@@ -216,11 +168,11 @@ class FlashInferPlanner:
             kind: _Lane(kind[0], window_left(kind[1]), kind[2], self._bytes(size), self._bytes(0))
             for kind in dict.fromkeys(kinds)
         }
-        self._ring = _HostRing(2 * len(self._lanes), size)
+        self._ring = _HostRing(4 * len(self._lanes), size)
         self._ramp = torch.arange(max_batch + 1, dtype=torch.int32)  # [max_batch+1]
         self._device_ramp = self._ramp.to(device)  # [max_batch+1]
         self._like = torch.empty(0, dtype=dtype)
-        self._decode_rows = 0  # of the live plan; 0: it is a prefill plan
+        self._decodes = self._rows = 0  # rows of the step planned last
 
     def _bytes(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8, device=self._device)
@@ -238,8 +190,19 @@ class FlashInferPlanner:
 
         `graph`: for the graph captured, or to be captured, at this batch size. Every sequence has
         a page, the padding too. Call it on the stream of the steps, outside of a capture."""
+        self._plan_decodes(batch_size, kv_indptr, last_page_len, graph, self.buffers)
+        self._decodes = self._rows = batch_size
+
+    def _plan_decodes(
+        self,
+        batch_size: int,
+        kv_indptr: torch.Tensor,
+        last_page_len: torch.Tensor,
+        graph: bool,
+        buffers: PlanBuffers,
+    ) -> None:
         ramp = self._ramp[: batch_size + 1]  # [B+1]
-        step = self._step(ramp, kv_indptr, last_page_len, batch_size, self.buffers)
+        step = self._step(ramp, kv_indptr, last_page_len, batch_size, buffers)
         for lane in self._lanes.values():
             wrapper = lane.decoders.get(batch_size if graph else 0)
             host = self._ring.take(lane.lists.numel())
@@ -251,13 +214,12 @@ class FlashInferPlanner:
             self._ring.sent()
             if not graph:
                 wrapper._qo_indptr_buf = self._device_ramp[: batch_size + 1]
-            self._point(wrapper, self.buffers, batch_size)
-            lane.live = wrapper
-        self._decode_rows = batch_size
+            self._point(wrapper, buffers, 0, batch_size)
+            lane.decoder = wrapper
 
     def _first_decode(self, lane: _Lane, host: torch.Tensor, step: _Step, graph: bool) -> Any:
         """Make the wrapper and plan in public; this compiles what is not in the library's cache."""
-        static = self._step_views(self.buffers, step.batch_size) if graph else (None, None, None)
+        static = self._step_views(self.buffers, 0, step.batch_size) if graph else (None, None, None)
         wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
             self._floats, "NHD", graph, self._shape.tensor_cores, *static, backend="fa2"
         )
@@ -292,12 +254,30 @@ class FlashInferPlanner:
         kv_indptr: torch.Tensor,
         last_page_len: torch.Tensor,
         total_rows: int,
+        decodes: int = 0,
     ) -> None:
         """Any number of rows per sequence. Host int32: `qo_indptr`, `kv_indptr` [B+1],
-        `last_page_len` [B]; `total_rows` is qo_indptr[B]. Not for captured graphs."""
-        batch_size, buffers = last_page_len.shape[0], self.prefill_buffers
-        step = self._step(qo_indptr, kv_indptr, last_page_len, total_rows, buffers)
-        size = self._shape.prefill_bytes(batch_size, total_rows)
+        `last_page_len` [B]; `total_rows` is qo_indptr[B]. Not for captured graphs.
+
+        The first `decodes` sequences have one row each, for which prefill kernels would take as long
+        as for a tile of 128: decode kernels take them."""
+        buffers, count = self.prefill_buffers, last_page_len.shape[0]
+        if decodes:
+            starts, lasts = kv_indptr[: decodes + 1], last_page_len[:decodes]
+            self._plan_decodes(decodes, starts, lasts, False, buffers)
+        if count > decodes:
+            self._plan_rest(
+                qo_indptr[decodes:] - decodes, kv_indptr[decodes:], last_page_len[decodes:], decodes
+            )
+        self._decodes, self._rows = decodes, total_rows
+
+    def _plan_rest(
+        self, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, lasts: torch.Tensor, first: int
+    ) -> None:
+        """The prefill plan of the sequences from `first` on."""
+        batch_size, rows, buffers = lasts.shape[0], int(qo_indptr[-1]), self.prefill_buffers
+        step = self._step(qo_indptr, kv_indptr, lasts, rows, buffers)
+        size = self._shape.prefill_bytes(batch_size, rows)
         for lane in self._lanes.values():
             if lane.prefill_lists.numel() < size:
                 lane.prefill_lists = self._bytes(1 << (size - 1).bit_length())
@@ -308,9 +288,7 @@ class FlashInferPlanner:
                 self._prefill_again(lane, lane.prefill, host, step)
             self._ring.sent()
             lane.prefill._qo_indptr_buf = buffers.qo_indptr[: batch_size + 1]
-            self._point(lane.prefill, buffers, batch_size)
-            lane.live = lane.prefill
-        self._decode_rows = 0
+            self._point(lane.prefill, buffers, first, batch_size)
 
     def _first_prefill(self, lane: _Lane, host: torch.Tensor, step: _Step) -> Any:
         """As `_first_decode`. Left to itself the library takes FA3 on Hopper and FA2 elsewhere."""
@@ -341,13 +319,19 @@ class FlashInferPlanner:
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kind: Kind
     ) -> torch.Tensor:
-        """`q` [T, H, D] over caches [num_blocks, block_size, Hkv, D] by the live plan -> [T, H, D].
+        """`q` [T, H, D] over caches [num_blocks, block_size, Hkv, D] by the last plan -> [T, H, D].
 
         It can be captured once it has run on the plan of its batch size."""
-        wrapper = self._lanes[kind].live
-        if wrapper is None or (self._decode_rows and q.shape[0] != self._decode_rows):
+        lane, count, caches = self._lanes[kind], self._decodes, (k_cache, v_cache)
+        if not self._rows or q.shape[0] != self._rows:
             raise RuntimeError(f"no plan for {q.shape[0]} rows. This is a bug.")
-        out: torch.Tensor = wrapper.run(q, (k_cache, v_cache))  # [T, H, D]
+        if count in (0, self._rows):
+            wrapper = lane.decoder if count else lane.prefill
+            whole: torch.Tensor = wrapper.run(q, caches)  # [T, H, D]
+            return whole
+        out = torch.empty_like(q)  # [T, H, D]
+        lane.decoder.run(q[:count], caches, out=out[:count])
+        lane.prefill.run(q[count:], caches, out=out[count:])
         return out
 
     def _geometry(self) -> tuple[int, int, int, int]:
@@ -381,13 +365,14 @@ class FlashInferPlanner:
         lengths.mul_(self._block_size).add_(last_page_len)  # [B] positions
         return _Step(kv_indptr, last_page_len, lengths, qo_indptr, rows)
 
-    def _step_views(self, buffers: PlanBuffers, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """[B+1], [max_blocks], [B]: what a wrapper of this batch size reads."""
-        starts = buffers.kv_indptr[: batch_size + 1]
-        return starts, buffers.kv_indices, buffers.last_page_len[:batch_size]
+    def _step_views(self, buffers: PlanBuffers, first: int, count: int) -> tuple[torch.Tensor, ...]:
+        """[B+1], [max_blocks], [B]: what a wrapper of the sequences from `first` on reads."""
+        end = first + count
+        starts, lasts = buffers.kv_indptr[first : end + 1], buffers.last_page_len[first:end]
+        return starts, buffers.kv_indices, lasts
 
-    def _point(self, wrapper: Any, buffers: PlanBuffers, batch_size: int) -> None:
-        starts, pages, lasts = self._step_views(buffers, batch_size)
+    def _point(self, wrapper: Any, buffers: PlanBuffers, first: int, count: int) -> None:
+        starts, pages, lasts = self._step_views(buffers, first, count)
         wrapper._paged_kv_indptr_buf = starts
         wrapper._paged_kv_indices_buf = pages
         wrapper._paged_kv_last_page_len_buf = lasts

@@ -9,7 +9,7 @@ import torch
 
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.facts import Widths
-from loramux.kernels.flashinfer_attention import Shape, workspace_bytes
+from loramux.kernels.flashinfer_sizes import Shape, workspace_bytes
 from loramux.layers.linear import MergedLinear
 from loramux.models.attach import Attached
 from loramux.models.device_memory import DeviceMemory
