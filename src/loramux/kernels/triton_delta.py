@@ -25,10 +25,22 @@ MATRIX_ROWS = 16
 """Rows that a matrix product has at least."""
 
 COLUMNS = 128
-"""Width of the output tiles of an expand."""
+"""Width of the output tiles of an expand where a tile may lie in two slices."""
 
-FEW_ROWS = 16
-"""Rows of a tile of such a width; 8 where chunks are no larger."""
+
+class Tile(NamedTuple):
+    """What one program expands at a time, and with how many warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILES = {8: Tile(8, 128, 2), 16: Tile(16, 128, 2), 64: Tile(16, 128, 2)}
+"""By the rows of the largest chunk, as measured on an H100."""
+
+LARGE_CHUNK = 16
+"""Chunks of more rows are none of a captured graph's, which would start many programs for nothing."""
 
 PROGRAMS_PER_UNIT = 8
 """Programs a multiprocessor gets at most; each streams little, so several must run at once."""
@@ -86,11 +98,9 @@ def programs(items: int, device: torch.device) -> tuple[int]:
 
 
 def tile_programs(expand: Expand, tiles: int) -> tuple[int]:
-    """The grid of an expand with `tiles` tiles a chunk.
-
-    Large chunks are none of a captured graph's, which would start many programs for nothing."""
+    """The grid of an expand with `tiles` tiles a chunk."""
     items = expand.work.max_chunks * tiles
-    if expand.work.rows_per_chunk > FEW_ROWS:
+    if expand.work.rows_per_chunk > LARGE_CHUNK:
         return (items,)
     return programs(items, expand.h.device)
 
@@ -290,7 +300,7 @@ def tile_delta(
 def tile_columns(expand: Expand) -> int:
     """Width of the tiles of an expand, none of which lies in two slices: so it divides all their
     bounds. 0: there is no such width, take the general way."""
-    width = COLUMNS
+    width = _tile(expand).columns
     while width >= 16 and any(start % width for start in expand.site.slice_starts):
         width //= 2
     return width if width >= 16 else 0
@@ -298,8 +308,12 @@ def tile_columns(expand: Expand) -> int:
 
 def tile_arguments(expand: Expand) -> dict[str, Any]:
     """What the kernels in such tiles take beside their columns."""
-    rows = min(FEW_ROWS, max(8, expand.work.rows_per_chunk))
-    return {"ROWS": rows, "num_warps": 2, "num_stages": 1}
+    tile = _tile(expand)
+    return {"ROWS": tile.rows, "num_warps": tile.warps, "num_stages": 1}
+
+
+def _tile(expand: Expand) -> Tile:
+    return TILES[next(rows for rows in TILES if rows >= expand.work.rows_per_chunk)]
 
 
 def kernel_arguments(expand: Expand | None) -> dict[str, Any]:
