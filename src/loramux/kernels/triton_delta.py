@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = {8: Tile(8, 128, 2), 16: Tile(16, 128, 2), 64: Tile(16, 128, 2)}
+TILES = {8: Tile(8, 128, 2), 16: Tile(8, 128, 2), 64: Tile(8, 128, 2)}
 """By the rows of the largest chunk, as measured on an H100."""
 
 LARGE_CHUNK = 16
