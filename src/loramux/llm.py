@@ -85,7 +85,7 @@ class LLM:
 
     Keyword arguments are the fields of `EngineConfig` and, with `enable_lora=True`, those of
     `LoRAConfig`. A name that is neither is refused, but for vLLM's settings at a value that asks for
-    nothing (`tensor_parallel_size=1`). Raises ConfigError or UnsupportedModel.
+    nothing (`pipeline_parallel_size=1`). Raises ConfigError or UnsupportedModel.
     """
 
     def __init__(self, model: str, *, enable_lora: bool = False, **settings: Any):

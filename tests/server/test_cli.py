@@ -38,7 +38,8 @@ def test_defaults(served: list[Any]) -> None:
 def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> None:
     flags = (
         "serve m --tokenizer t --revision r --served-model-name a b --dtype float32 --device cpu "
-        "--seed 3 --max-model-len 512 --block-size 8 --kv-cache-memory-bytes 512MiB "
+        "--seed 3 --tensor-parallel-size 2 --max-model-len 512 --block-size 8 "
+        "--kv-cache-memory-bytes 512MiB "
         "--gpu-memory-utilization 0.5 --no-enable-prefix-caching --max-num-seqs 4 "
         "--max-num-batched-tokens 64 --max-queue-len 9 --adapter-patience-s 1.5 "
         "--async-scheduling --enforce-eager --load-format dummy --cudagraph-capture-sizes 1 2 "
@@ -224,9 +225,9 @@ def test_an_adapter_that_fails_aborts_the_start() -> None:
 
 def test_vllm_flags_that_ask_for_nothing_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     given = build_parser().parse_args(
-        ["serve", "--enforce-eager", "--tensor-parallel-size", "1", "--swap-space", "4", "model"]
+        ["serve", "--enforce-eager", "--pipeline-parallel-size", "1", "--swap-space", "4", "model"]
     )
     assert given.model_positional == "model"
-    assert main(["serve", "model", "--tensor-parallel-size", "2", "--trust-remote-code"]) == 2
+    assert main(["serve", "model", "--pipeline-parallel-size", "2", "--trust-remote-code"]) == 2
     error = capsys.readouterr().err
-    assert "tensor_parallel_size=2" in error and "trust_remote_code" in error
+    assert "pipeline_parallel_size=2" in error and "trust_remote_code" in error

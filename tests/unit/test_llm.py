@@ -125,9 +125,9 @@ def test_check_adapter_needs_no_weights(tiny_world: TinyWorld) -> None:
 
 
 def test_vllm_settings_that_ask_for_nothing_are_accepted(tiny_world: TinyWorld) -> None:
-    neutral = {"tensor_parallel_size": 1, "enforce_eager": True, "trust_remote_code": False}
+    neutral = {"pipeline_parallel_size": 1, "enforce_eager": True, "trust_remote_code": False}
     with LLM(str(tiny_world.model), device="cpu", **neutral) as llm:
         assert llm.generate("x", GREEDY)
     with pytest.raises(ConfigError) as caught:
-        LLM(str(tiny_world.model), tensor_parallel_size=2, quantization="awq", device="cpu")
-    assert "tensor_parallel_size=2" in str(caught.value) and "quantization" in str(caught.value)
+        LLM(str(tiny_world.model), pipeline_parallel_size=2, quantization="awq", device="cpu")
+    assert "pipeline_parallel_size=2" in str(caught.value) and "quantization" in str(caught.value)

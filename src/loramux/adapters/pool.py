@@ -32,9 +32,11 @@ class _Tenant:
 class AdapterPool:
     """Places of adapters in the rank-row pool."""
 
-    def __init__(self, max_loras: int, max_lora_rank: int):
+    def __init__(self, max_loras: int, max_lora_rank: int, granule: int = 1):
+        """Adapters begin at multiples of `granule` and take multiples of it."""
         self.max_loras = max_loras
-        self.rows_per_slot = max_lora_rank
+        self._granule = granule
+        self.rows_per_slot = self._rows(max_lora_rank)
         self.evictions = 0
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # least recently used first
 
@@ -75,8 +77,9 @@ class AdapterPool:
             tenant.holders += 1
             tenant.doomed = False
             return None
-        slot, first_row = self._find(r)
-        self._tenants[digest] = _Tenant(first_row, r, slot, holders=1)
+        rows = self._rows(r)
+        slot, first_row = self._find(rows)
+        self._tenants[digest] = _Tenant(first_row, rows, slot, holders=1)
         return first_row
 
     def release(self, digest: str) -> None:
@@ -116,6 +119,9 @@ class AdapterPool:
             row for t in self._tenants.values() for row in range(t.first_row, t.first_row + t.r)
         ]
         assert len(rows) == len(set(rows)), "two adapters share a row"
+
+    def _rows(self, r: int) -> int:
+        return r + -r % self._granule
 
     def _find(self, r: int) -> tuple[int, int]:
         """(slot, first row) with r free rows, evicting idle adapters if it must."""

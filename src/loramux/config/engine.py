@@ -42,6 +42,9 @@ class EngineConfig(BaseModel):
     device: str = "auto"
     """`auto` (the GPU when there is one), `cpu`, `cuda` or `cuda:N`."""
 
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """Ranks that share each layer, one process and one GPU each (on a CPU: some of the cores each)."""
+
     seed: int = 0
     """Seed of the requests that bring none."""
 
@@ -120,6 +123,12 @@ class EngineConfig(BaseModel):
     @property
     def model_names(self) -> list[str]:
         return self.served_model_name or [self.model]
+
+    @property
+    def row_granule(self) -> int:
+        """Rank rows of an adapter come in multiples of this: one on each rank, where A is dealt out."""
+        fully = self.lora is not None and self.lora.fully_sharded_loras
+        return self.tensor_parallel_size if fully else 1
 
 
 def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:

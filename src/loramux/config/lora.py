@@ -38,7 +38,6 @@ UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras")
 
 # Fields whose machinery is not built yet: name -> (value that means "off", what it waits for).
 NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
-    "fully_sharded_loras": (False, "it shards adapters over tensor-parallel ranks"),
     "default_mm_loras": (None, "it needs multimodal requests"),
     "enable_tower_connector_lora": (False, "it needs multimodal models"),
     "enable_mixed_moe_lora_format": (False, "it needs mixture-of-experts adapters"),

@@ -147,13 +147,19 @@ def default_kv_bytes(config: EngineConfig, facts: ModelFacts) -> int:
 
 def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
     """Bytes of the rank-row pool: `max_loras * max_lora_rank` rows of every module."""
-    return pool_rows(lora) * facts.adapter_elements_per_row * _lora_itemsize(lora, facts)
+    rows = pool_rows(lora, facts.row_granule)
+    return rows * facts.adapter_elements_per_row * _lora_itemsize(lora, facts)
 
 
-def pool_rows(lora: LoRAConfig) -> int:
-    """Rank rows of the pool."""
-    rows = lora.max_loras * lora.max_lora_rank
+def pool_rows(lora: LoRAConfig, granule: int = 1) -> int:
+    """Rank rows of the pool, of which an adapter takes a multiple of `granule`."""
+    rows = lora.max_loras * pool_rank(lora, granule)
     return rows + -rows % ROW_STEP
+
+
+def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
+    """Rank rows of the pool that the largest adapter takes."""
+    return lora.max_lora_rank + -lora.max_lora_rank % granule
 
 
 def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
@@ -163,8 +169,8 @@ def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
     sizes = config.cudagraph_capture_sizes or graph_sizes(config.max_num_seqs)
     if (lora := config.lora) is None:
         return len(sizes)
-    under_weight = lora.lora_dtype in ("auto", facts.dtype)
-    places = 1 + (len(row_buckets(pool_rows(lora))) if under_weight else 0)
+    under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
+    places = 1 + (len(row_buckets(pool_rows(lora, facts.row_granule))) if under_weight else 0)
     bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
     return sum(1 + places * (1 + sum(bound <= size for bound in bounds)) for size in sizes)
 
@@ -185,7 +191,7 @@ def _layer_bytes(tokens: int, lora: LoRAConfig | None, facts: ModelFacts) -> int
         row *= 2
     if lora is not None:
         # Gate and up of each pool row, as float32 where a kernel of its own makes them.
-        row += 2 * min(pool_rows(lora), MOST_PRODUCT_ROWS) * 4
+        row += 2 * min(pool_rows(lora, facts.row_granule), MOST_PRODUCT_ROWS) * 4
     return tokens * row
 
 

@@ -14,7 +14,6 @@ ANYTHING = object()
 
 # name -> values that ask for nothing here (ANYTHING: whatever it says, answers do not change)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "trust_remote_code": (False,),

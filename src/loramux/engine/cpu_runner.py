@@ -7,8 +7,18 @@ from collections.abc import Sequence
 
 import torch
 
+from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
-from loramux.engine.plan import PENDING, Row, SampleSpec, StepPlan, StepResult
+from loramux.engine.cpu_work import lora_step
+from loramux.engine.plan import (
+    PENDING,
+    AdapterLoad,
+    Row,
+    Sampled,
+    SampleSpec,
+    StepPlan,
+    StepResult,
+)
 from loramux.engine.runner import Finished, Runner
 from loramux.engine.sampler import sample
 from loramux.kernels import AttentionBatch, Segments
@@ -21,6 +31,7 @@ class CpuRunner(Runner):
     def __init__(self, attached: Attached, config: EngineConfig, facts: ModelFacts):
         super().__init__(attached, config, facts)
         self._chosen: dict[int, int] = {}  # of the step before, sequence -> token
+        self._rank_rows: dict[int, int] = {}  # first pool row -> rank rows
         self._pack()
 
     @torch.inference_mode()
@@ -31,11 +42,25 @@ class CpuRunner(Runner):
         finally:
             self.attached.batch.clear()
         rows = [row for row in plan.rows if row.sample is not None]
-        specs = [self._known(row.sequence_id, row.sample) for row in rows if row.sample]
-        chosen = sample(logits, specs)
+        chosen = self._choose(rows, logits)
         result = {row.sequence_id: s for row, s in zip(rows, chosen, strict=True)}
         self._chosen = {sequence: s.token_id for sequence, s in result.items()}
         return Finished(StepResult(result))
+
+    def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
+        self._rank_rows[load.first_row] = load.ref.max_r
+        super().load(load, weights)
+
+    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Sampled]:
+        """A token for each row of `logits` [B, V]: rank 0 chooses, the others are told."""
+        if self.group.rank == 0:
+            specs = [self._known(row.sequence_id, row.sample) for row in rows if row.sample]
+            chosen = sample(logits, specs)
+        else:
+            chosen = [Sampled(0)] * len(rows)
+        tokens = self._tensor([one.token_id for one in chosen])  # [B]
+        self.group.broadcast(tokens)
+        return chosen if self.group.rank == 0 else [Sampled(token) for token in tokens.tolist()]
 
     def _known(self, sequence: int, spec: SampleSpec) -> SampleSpec:
         """The spec with its pending token among the others."""
@@ -58,7 +83,10 @@ class CpuRunner(Runner):
         batch = self.attached.batch
         batch.slots = self._slots(plan.rows)  # [T]
         batch.attention = self._attention(plan.rows)
-        batch.segments = self._segments(plan.rows)
+        if self._deal > 1:
+            batch.lora = lora_step(plan.rows, self._rank_rows, self._deal)
+        else:
+            batch.segments = self._segments(plan.rows)
 
     def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits [B, V] of the last token of each row that samples."""

@@ -23,10 +23,11 @@ from functools import partial
 import torch
 
 from loramux.adapters.store import AdapterStore
-from loramux.config import EngineConfig, plan_memory, resolve
+from loramux.config import EngineConfig, plan_memory
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
+from loramux.engine.leading import start
 from loramux.engine.loads import AdapterLoads
 from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
@@ -42,7 +43,6 @@ from loramux.errors import (
     LoramuxError,
     Overloaded,
 )
-from loramux.models.loader import load_model
 from loramux.models.text import TextProcessor
 from loramux.schema import ModelSchema
 from loramux.types import (
@@ -82,15 +82,16 @@ class Engine:
 
     def __init__(self, config: EngineConfig):
         """Load the model and get ready; takes seconds. Raises ConfigError or UnsupportedModel."""
-        loaded = load_model(config)
-        self.config = resolve(config, loaded.facts)
-        self.memory = plan_memory(self.config, loaded.facts)
+        started = start(config, make_runner)
+        loaded = started.loaded
+        self.config = started.config
+        self.memory = plan_memory(self.config, started.facts)
         logger.info("memory: %s", summary(self.memory))
         self.text = TextProcessor.load(
             config.tokenizer or config.model, config.revision, config.chat_template
         )
         self.vocab_size = loaded.vocab_size
-        self.runner = make_runner(loaded.attached, self.config, loaded.facts)
+        self.runner = started.runner
         self.inbox = Inbox()
         self.store = self._make_store(loaded.attached.schema)
         self.loads = self._make_loads()
@@ -107,6 +108,9 @@ class Engine:
         self._failed_steps = 0
         self._totals = EngineStats()
         self._stopped = False
+        self.team = started.team
+        if self.team is not None:
+            self.team.on_lost.append(lambda: self.inbox.post(self._end_if_lost))
 
     # --- requests, from any thread -------------------------------------------------------------
 
@@ -237,6 +241,8 @@ class Engine:
         if self.store is not None:
             self.store.close()
         self._drop_in_flight()
+        if self.team is not None:
+            self.team.close()
 
     def stats(self) -> EngineStats:
         """Counters at this moment; the cumulative ones never go down."""
@@ -306,6 +312,10 @@ class Engine:
             if answer.finish_reason is None:
                 self._finish(answer, "abort")
 
+    def _end_if_lost(self) -> None:
+        if self.team is not None and self.team.lost is not None:
+            raise self.team.lost
+
     def _take_in(self) -> None:
         for action in self.inbox.drain():
             action()
@@ -319,6 +329,8 @@ class Engine:
             return None
         try:
             running = self.runner.launch(plan)
+        except EngineStopped:  # a rank is lost: there is no device any more
+            raise
         except Exception as error:
             self._step_failed(error, plan)
             return None
@@ -328,6 +340,8 @@ class Engine:
     def _read(self, step: _InFlight) -> StepResult | None:
         try:
             result = step.running.read()
+        except EngineStopped:
+            raise
         except Exception as error:
             # What was launched since went on from this step's tokens.
             after = self._drop_in_flight()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.graphs import active_buckets, graph_sizes, row_buckets
+from loramux.config.memory import pool_rank
 from loramux.engine.attention_plans import make_planner
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
 from loramux.engine.logits import SharedLogits, likeliest
@@ -35,32 +35,19 @@ from loramux.engine.packing import (
     leading_decodes,
     runs_of,
 )
-from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
-from loramux.engine.runner import Runner
-from loramux.engine.sampler import Choice, Sampler
+from loramux.engine.plan import AdapterLoad, Row, StepPlan
+from loramux.engine.runner import GpuRunning, Runner
+from loramux.engine.sampler import Sampler
 from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up
 from loramux.kernels import AttentionBatch, WorkList, take_tokens
 from loramux.layers.batch import LoRAStep
+from loramux.layers.sharded import deal_out
 from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
 
 MEMBERS_A_ROW = 4  # room for adapters in the buffer of a decode step, copied whole
-
-
-@dataclass(slots=True)
-class GpuRunning:
-    """A launched step whose tokens are on their way to the host."""
-
-    rows: list[Row]
-    choice: Choice
-
-    def read(self) -> StepResult:
-        """Wait for this step, and for no other."""
-        sampled = self.choice.read()
-        ids = (row.sequence_id for row in self.rows)
-        return StepResult(dict(zip(ids, sampled, strict=True)))
 
 
 class GpuRunner(Runner):
@@ -77,7 +64,7 @@ class GpuRunner(Runner):
         self._ranks: dict[int, int] = {}  # first pool row -> rank rows
         self._previous: dict[int, int] = {}  # sequence -> place of its token in `_chosen`
         self._lora_stream = self._side_stream()
-        self._graph_width = -(-config.lora.max_lora_rank // 16) * 16 if config.lora else 0
+        self._graph_width = -(-pool_rank(config.lora, self._deal) // 16) * 16 if config.lora else 0
         self._logits_place: SharedLogits | None = None
         needs = self._plan.needs
         with self._taking("workspace", needs.workspace):
@@ -112,14 +99,17 @@ class GpuRunner(Runner):
 
     @torch.inference_mode()
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
-        self._ranks[load.first_row] = load.ref.max_r
+        self._ranks[load.first_row] = load.ref.max_r + -load.ref.max_r % self._deal
         super().load(load, weights)
 
     def _choose_tokens(self, rows: Sequence[Row], output: StepOutput) -> GpuRunning:
         kept = [row for row in rows if row.sample is not None]
         specs = [row.sample for row in kept if row.sample is not None]
-        choice = self._sampler.choose(output.logits, specs, output.ids, output.greedy)
-        self._chosen[: len(kept)] = choice.tokens
+        choice = None
+        if self.group.rank == 0:
+            choice = self._sampler.choose(output.logits, specs, output.ids, output.greedy)
+            self._chosen[: len(kept)] = choice.tokens
+        self.group.broadcast(self._chosen[: len(kept)])
         self._previous = {row.sequence_id: place for place, row in enumerate(kept)}
         if self._on_gpu:
             self.last_step = torch.cuda.Event()
@@ -380,7 +370,8 @@ class GpuRunner(Runner):
             rows_per_chunk=rows_per_chunk,
             max_chunks=chunks,
         )
-        return LoRAStep(work, base_rows, width, self._lora_stream)
+        dealt = deal_out(work, self._deal) if self._deal > 1 else None
+        return LoRAStep(work, base_rows, width, self._lora_stream, dealt)
 
     # --- making --------------------------------------------------------------------------------
 
@@ -409,7 +400,8 @@ class GpuRunner(Runner):
         site = self.attached.sites[0]
         buckets = row_buckets(site.pool_rows) if site.extends_product else []
         costs = load_costs(self.attached.sites, lora, facts, measure=self._on_gpu)
-        return LoRAChooser(buckets, costs)
+        # One choice on all ranks: it decides what is captured, and so what meets in collectives.
+        return LoRAChooser(buckets, self.group.share(costs, self._device))
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         lora = self.config.lora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from loramux.adapters.shards import cut_adapter, dealt_rows
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
+from loramux.config.memory import pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
-from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
+from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
+from loramux.engine.sampler import Choice
 from loramux.errors import ConfigError
+from loramux.kernels import LoRASite
+from loramux.layers.sharded import ShardedLinear
 from loramux.models.attach import Attached
 from loramux.models.device_memory import refused_when_full
 
@@ -40,6 +46,21 @@ class Finished:
         return self.result
 
 
+@dataclass(slots=True)
+class GpuRunning:
+    """A launched step whose tokens are on their way to the host."""
+
+    rows: list[Row]
+    choice: Choice | None  # of rank 0
+
+    def read(self) -> StepResult:
+        """Wait for this step, and for no other. On rank 0."""
+        assert self.choice is not None
+        sampled = self.choice.read()
+        ids = (row.sequence_id for row in self.rows)
+        return StepResult(dict(zip(ids, sampled, strict=True)))
+
+
 class Runner(ABC):
     """Holds the model, the KV cache and the adapter pool; executes steps and loads adapters.
 
@@ -53,22 +74,31 @@ class Runner(ABC):
         self.num_blocks = num_blocks(config, facts)
         self.block_size = config.block_size
         self.run_ahead = bool(config.async_scheduling)
+        self.group = attached.group
+        self._deal = config.row_granule
         self._device = attached.device
         dtype = getattr(torch, facts.dtype)
         self._plan = plan_memory(config, facts)
         self._taking = partial(_taking, config, facts)
         with self._taking("pool", self._plan.needs.pool):
             self._attach_pool(config, dtype)
-            self._loader = self._make_loader()
+            self._sites = [merged.site for merged in attached.sites if merged.site is not None]
+            self._loader = self._make_loader(self._sites)
+            self._dealt_sites = [
+                merged.dealt_site
+                for merged in attached.sites
+                if isinstance(merged, ShardedLinear) and merged.dealt_site is not None
+            ]
+            self._dealt_loader = self._make_loader(self._dealt_sites)
         with self._taking("kv_cache", self._plan.kv_bytes):
             for attention in attached.attentions:
                 attention.allocate(self.num_blocks, config.block_size, dtype, facts.device)
 
     def _attach_pool(self, config: EngineConfig, dtype: torch.dtype) -> None:
         if config.lora is not None:
-            rows = config.lora.max_loras * config.lora.max_lora_rank
+            rows = pool_rows(config.lora, config.row_granule)
             lora_dtype = getattr(torch, config.lora.lora_dtype)
-            under = self.extends_products and lora_dtype == dtype
+            under = self.extends_products and lora_dtype == dtype and self._deal == 1
             for site in self.attached.sites:
                 site.attach_site(rows, lora_dtype, under_weight=under)
 
@@ -91,29 +121,42 @@ class Runner(ABC):
 
         Raises AdapterLoadFailed when the device has no memory for it.
         """
-        if self._loader is not None:
-            self._loader.load(load, weights, after=self.last_step)
+        cuts = self.attached.shards.cuts
+        if self.group.size == 1:
+            self._write(self._loader, self._sites, load, weights)
             return
-        rows = slice(load.first_row, load.first_row + load.ref.max_r)
+        self._write(self._loader, self._sites, load, cut_adapter(weights, cuts))
+        if self._deal > 1:
+            dealt = dealt_rows(weights, cuts, self.group.rank)
+            first_row = load.first_row // self._deal
+            place = AdapterLoad(dealt.ref, first_row)
+            self._write(self._dealt_loader, self._dealt_sites, place, dealt)
+
+    def _write(
+        self,
+        loader: DeviceLoader | None,
+        sites: Sequence[LoRASite],
+        load: AdapterLoad,
+        weights: AdapterWeights,
+    ) -> None:
+        if loader is not None:
+            loader.load(load, weights, after=self.last_step)
+            return
+        rows = slice(load.first_row, load.first_row + weights.ref.max_r)
         first = load.first_row
-        for merged in self.attached.sites:
-            assert merged.site is not None
-            merged.site.row_r[:, rows] = 0
+        for site in sites:
+            site.row_r[:, rows] = 0
         for name, pair in weights.pairs.items():
             spec = self.attached.schema.modules[name]
-            site = self.attached.sites[spec.site].site
-            assert site is not None
-            columns = slice(
-                site.slice_starts[spec.slice_index], site.slice_starts[spec.slice_index + 1]
-            )
-            site.a[spec.slice_index, first : first + pair.r].copy_(pair.a)  # [r, in]
+            site, index = sites[spec.site], spec.slice_index
+            columns = slice(site.slice_starts[index], site.slice_starts[index + 1])
+            site.a[index, first : first + pair.r].copy_(pair.a)  # [r, in]
             site.b[first : first + pair.r, columns].copy_(pair.b)  # [r, out]
-            site.row_scale[spec.slice_index, first] = pair.scale
-            site.row_r[spec.slice_index, first] = pair.r
+            site.row_scale[index, first] = pair.scale
+            site.row_r[index, first] = pair.r
 
-    def _make_loader(self) -> DeviceLoader | None:
+    def _make_loader(self, sites: Sequence[LoRASite]) -> DeviceLoader | None:
         """What brings adapters to a GPU beside the steps; None on a CPU, or without adapters."""
-        sites = [merged.site for merged in self.attached.sites if merged.site is not None]
         if self._device.type != "cuda" or not sites:
             return None
         from loramux.engine.device_loader import DeviceLoader

@@ -336,5 +336,6 @@ def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
         num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
     )
     lora = config.lora
-    pool = AdapterPool(lora.max_loras, lora.max_lora_rank) if lora else None
+    granule = config.row_granule
+    pool = AdapterPool(lora.max_loras, lora.max_lora_rank, granule) if lora else None
     return Scheduler(limits, blocks, pool)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux.config import EngineConfig
+from loramux.config.memory import pool_rank
 from loramux.engine.graphs import StepOutput
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import Members, runs_of
@@ -50,7 +51,8 @@ def places(config: EngineConfig) -> dict[int, int]:
     lora = config.lora
     if lora is None:
         return {}
-    return {place * lora.max_lora_rank: lora.max_lora_rank for place in range(lora.max_loras)[:2]}
+    rows = pool_rank(lora, config.row_granule)
+    return {place * rows: rows for place in range(lora.max_loras)[:2]}
 
 
 def warm_up(

@@ -29,6 +29,9 @@ class LoRAStep:
     stream: torch.cuda.Stream | None = None
     """Where that kernel runs beside the base product; None: before it."""
 
+    dealt: WorkList | None = None
+    """`work` in the rows of A of one rank, where `fully_sharded_loras` deals them out."""
+
 
 @dataclass(slots=True)
 class StepBatch:

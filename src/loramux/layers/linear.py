@@ -64,6 +64,15 @@ class MergedLinear:
         return len(self.starts) - 1
 
     @property
+    def is_product(self) -> bool:
+        """Whether the layer is a product with `weight` and nothing more, but for bias and adapters."""
+        return True
+
+    def whole_features(self, index: int) -> tuple[int, int]:
+        """(in, out) of slice `index`, over all ranks."""
+        return self.in_features, self.starts[index + 1] - self.starts[index]
+
+    @property
     def extends_product(self) -> bool:
         """Whether pool rows can be taken along in the base product."""
         return self._stacked is not None
@@ -147,10 +156,10 @@ class MergedLinear:
         return output[..., self.starts[index] : self.starts[index + 1]]
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        y, expand = self.project(x.reshape(-1, self.in_features))  # [T, N]
+        y, expand = self.project(x.reshape(-1, x.shape[-1]))  # [T, N]
         if expand is not None:
             lora_expand(y, expand)
-        return y.view(*x.shape[:-1], self.out_features)  # [..., N]
+        return y.view(*x.shape[:-1], y.shape[-1])  # [..., N]
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, K] -> y [T, N] (any row stride), and the LoRA delta that is still to be added."""
@@ -200,8 +209,7 @@ class LinearSlice(nn.Module):
         super().__init__()
         self.merged = merged
         self.index = index
-        self.in_features = merged.in_features
-        self.out_features = merged.starts[index + 1] - merged.starts[index]
+        self.in_features, self.out_features = merged.whole_features(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.merged.forward(x, self.index)

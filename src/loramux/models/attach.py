@@ -20,8 +20,11 @@ from loramux.errors import LoramuxError, UnsupportedModel
 from loramux.layers.attention import PagedAttention, attention_function
 from loramux.layers.batch import StepBatch
 from loramux.layers.linear import LinearSlice, MergedLinear
+from loramux.layers.sharded import ShardedLinear
 from loramux.models.layers import FusedDecoder
 from loramux.models.norms import fuse_norms
+from loramux.models.shards import Shards
+from loramux.parallel import ALONE, Group
 from loramux.schema import ModelSchema, ModuleSpec
 
 ATTENTION_NAME = "loramux_paged"
@@ -48,6 +51,11 @@ class Attached:
     head: MergedLinear | None = None
     names: dict[str, tuple[MergedLinear, int]] = field(default_factory=dict)
     decoder: FusedDecoder | None = None  # what runs instead of the model's own forward
+    shards: Shards = field(default_factory=lambda: Shards(ALONE))
+
+    @property
+    def group(self) -> Group:
+        return self.shards.group
 
     @property
     def device(self) -> torch.device:
@@ -59,16 +67,20 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION_NAME, attention_function)
 
 
-def attach(model: PreTrainedModel, lora: LoRAConfig | None) -> Attached:
-    """Wrap `model` in place. Raises UnsupportedModel, naming what stands in the way."""
+def attach(
+    model: PreTrainedModel, lora: LoRAConfig | None, shards: Shards | None = None
+) -> Attached:
+    """Wrap `model`, of which `shards` says what this rank holds, in place.
+
+    Raises UnsupportedModel, naming what stands in the way."""
     batch = StepBatch()
-    names: dict[str, tuple[MergedLinear, int]] = {}
+    attached = Attached(model, batch, [], [], ModelSchema({}), shards=shards or Shards(ALONE))
     for path, parent in list(model.named_modules()):
         for group in _groups(parent):
-            _merge(parent, path, group, batch, names)
+            for names in _alike(path, group, attached.shards):
+                _merge(parent, path, names, attached)
     attentions = _attach_attention(model, batch)
     fuse_norms(model)
-    attached = Attached(model, batch, [], [], ModelSchema({}), names=names)
     probe(attached)
     _split_unshared(attached)
     attached.attentions = _used(model, attentions)
@@ -119,17 +131,35 @@ def _groups(parent: nn.Module) -> Iterator[list[str]]:
         yield [name]
 
 
-def _merge(
-    parent: nn.Module,
-    path: str,
-    group: list[str],
-    batch: StepBatch,
-    names: dict[str, tuple[MergedLinear, int]],
-) -> None:
-    merged = MergedLinear([getattr(parent, name) for name in group], batch)
+def _alike(path: str, group: list[str], shards: Shards) -> Iterator[list[str]]:
+    """`group` whole if its layers are cut along the output, or not at all, else each alone."""
+    cuts = [shards.cuts.get(_join(path, name)) for name in group]
+    kinds = {(cut.kind, cut.outside) for cut in cuts if cut is not None}
+    if not kinds or (len(kinds) == 1 and kinds <= {("whole", False), ("column", False)}):
+        yield group
+    else:
+        yield from ([name] for name in group)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _merge(parent: nn.Module, path: str, group: list[str], attached: Attached) -> None:
+    names = [_join(path, name) for name in group]
+    merged = _linear([getattr(parent, name) for name in group], names, attached)
     for index, name in enumerate(group):
         setattr(parent, name, LinearSlice(merged, index))
-        names[f"{path}.{name}" if path else name] = (merged, index)
+        attached.names[names[index]] = (merged, index)
+
+
+def _linear(linears: list[nn.Linear], names: list[str], attached: Attached) -> MergedLinear:
+    """`linears`, called `names`, as one."""
+    shards = attached.shards
+    if shards.group.size == 1:
+        return MergedLinear(linears, attached.batch)
+    cuts = [shards.cuts[name] for name in names]
+    return ShardedLinear(linears, attached.batch, cuts, shards.group, fully=shards.fully)
 
 
 def _attach_attention(model: PreTrainedModel, batch: StepBatch) -> list[PagedAttention]:
@@ -173,7 +203,7 @@ def _split_unshared(attached: Attached) -> None:
             continue
         members = [(name, i) for name, (m, i) in attached.names.items() if m is merged]
         for name, index in members:
-            alone = MergedLinear([merged.plain(index)], attached.batch)
+            alone = _linear([merged.plain(index)], [name], attached)
             attached.names[name] = (alone, 0)
             parent = attached.model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], LinearSlice(alone, 0))
@@ -198,14 +228,8 @@ def _build_schema(attached: Attached, lora: LoRAConfig | None) -> None:
                 if id(merged) not in site_of:
                     site_of[id(merged)] = len(attached.sites)
                     attached.sites.append(merged)
-                spec = ModuleSpec(
-                    name,
-                    merged.in_features,
-                    module.out_features,
-                    site_of[id(merged)],
-                    index,
-                )
-                modules[name] = spec
+                whole = merged.whole_features(index)
+                modules[name] = ModuleSpec(name, *whole, site_of[id(merged)], index)
         elif isinstance(module, nn.Embedding):
             refused[name] = "LoRA on embeddings is not served yet"
         elif isinstance(module, nn.Linear):

@@ -164,6 +164,8 @@ def _plain_weight(head: nn.Module) -> torch.Tensor | None:
     """The weight [V, D] of a head that is a product with it and nothing else."""
     if type(head) is nn.Linear:
         return head.weight if head.bias is None else None
-    if isinstance(head, LinearSlice) and head.merged.num_slices == 1 and head.merged.bias is None:
-        return head.merged.weight
+    if isinstance(head, LinearSlice):
+        merged = head.merged
+        plain = merged.is_product and merged.num_slices == 1 and merged.bias is None
+        return merged.weight if plain else None
     return None

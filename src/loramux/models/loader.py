@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.memory_advice import weights_do_not_fit
 from loramux.errors import ConfigError, UnsupportedModel
 from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
 from loramux.models.device_memory import DeviceMemory, device_memory, refused_when_full
+from loramux.models.fill import fill_from_checkpoint, fill_random, materialise
 from loramux.models.fuse import fuse
 from loramux.models.measure import measure
+from loramux.models.shards import Shards, cut_model
+from loramux.parallel import ALONE, Group
 
 logger = logging.getLogger(__name__)
+_BUILDING = threading.Lock()
 
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch.
 BATCH_DEPENDENT_ROPE = {"dynamic"}
@@ -57,8 +69,8 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Read, place and wrap the model of `config`.
+def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
+    """Read, place and wrap the model of `config`, or this rank's part of it; all ranks do it together.
 
     Raises ConfigError when it cannot be read and UnsupportedModel when it cannot be entered.
     """
@@ -66,13 +78,13 @@ def load_model(config: EngineConfig) -> LoadedModel:
     hf_config = read_config(config.model, config.revision)
     positions, reason = _max_positions(hf_config)
     with refused_when_full(device, partial(_weights_refused, config, hf_config, device)):
-        if config.load_format == "dummy":
-            model = _random(config, hf_config, device)
+        if config.load_format == "dummy" or group.size > 1:
+            model, shards = _in_parts(config, hf_config, device, group)
         else:
-            model = _from_pretrained(config, hf_config)
+            model, shards = _from_pretrained(config, hf_config), None
             model.to(device)
         model.eval().requires_grad_(False)
-        attached = attach(model, config.lora)
+        attached = attach(model, config.lora, shards)
         attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
     facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()
@@ -146,26 +158,22 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
     return model
 
 
-def _random(config: EngineConfig, hf_config: PreTrainedConfig, device: str) -> PreTrainedModel:
-    """A model of this geometry with random weights, made on the device itself."""
+def _in_parts(
+    config: EngineConfig, hf_config: PreTrainedConfig, device: str, group: Group
+) -> tuple[PreTrainedModel, Shards]:
+    """A model made without weights, cut to what this rank holds, and filled with that on the device."""
     model = _on_meta(config, hf_config)
-    rotary = {
-        name: type(module)(config=hf_config.get_text_config())
-        for name, module in model.named_modules()
-        if name.endswith("rotary_emb")
-    }
-    model.to_empty(device=device)
-    for name, module in rotary.items():  # its frequencies are computed, never read
-        model.set_submodule(name, module.to(device))
-    generator = torch.Generator(device).manual_seed(config.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0 if name.endswith("bias") else 1)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-    model.tie_weights()
-    return model
+    shards = cut_model(model, group, config.lora)
+    materialise(model, device)
+    if config.load_format == "dummy":
+        fill_random(model, shards, config.seed, device)
+    else:
+        fill_from_checkpoint(model, shards, config)
+        with contextlib.suppress(OSError):  # not every checkpoint has one
+            model.generation_config = GenerationConfig.from_pretrained(
+                _local(config.model), revision=config.revision
+            )
+    return model, shards
 
 
 def _dtype(config: EngineConfig, hf_config: PreTrainedConfig) -> torch.dtype:
@@ -179,7 +187,8 @@ def _on_meta(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTrainedMod
     """The model without weights. Raises UnsupportedModel."""
     register_attention()
     try:
-        with torch.device("meta"):
+        # transformers sets torch's default dtype while it builds, for all threads.
+        with _BUILDING, torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 hf_config, attn_implementation=ATTENTION_NAME, dtype=_dtype(config, hf_config)
             )

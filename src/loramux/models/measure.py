@@ -34,13 +34,23 @@ def measure(
         max_positions=limit[0],
         kv_bytes_per_token=_kv_bytes(attached),
         free_bytes=memory.free,
-        adapter_elements_per_row=attached.schema.elements_per_row,
+        adapter_elements_per_row=_elements_per_row(attached),
         length_limit_reason=limit[1],
         total_bytes=memory.total,
         weight_bytes=weight_bytes(attached),
         attention_bytes=_attention_bytes(attached, config) if device.startswith("cuda") else 0,
         widths=_widths(attached),
+        row_granule=config.row_granule,
     )
+
+
+def _elements_per_row(attached: Attached) -> int:
+    """What one rank row costs on this rank: A and B of each module, as far as they are here."""
+    cuts = attached.shards.cuts
+    if not cuts:
+        return attached.schema.elements_per_row
+    own = [cuts[name] for name in attached.schema.modules]
+    return sum(-(-cut.input.size // cut.deal) + cut.b_output.size for cut in own)
 
 
 def weight_bytes(attached: Attached) -> int:

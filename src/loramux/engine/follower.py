@@ -1,0 +1,131 @@
+"""A rank other than 0: it does what rank 0 says, in the order it was said, until that one is gone.
+
+    link ─▶ reader thread ─▶ plans ─▶ this thread: launch              (collectives meet rank 0's)
+                        └──▶ loads ─▶ a thread of their own: write ─▶ answer
+
+A load waits until every plan that came before it has been launched: an older one may read the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from loramux.adapters.weights import AdapterWeights
+from loramux.engine.devices import make_runner
+from loramux.engine.link import Failed, Here, Link, Load, Loaded, Resolved, Start, Stop, from_file
+from loramux.engine.plan import StepPlan
+from loramux.engine.runner import Runner
+from loramux.errors import EngineError, LoramuxError
+from loramux.models.loader import load_model
+from loramux.parallel import join
+
+logger = logging.getLogger(__name__)
+
+EXIT_LOST = 3  # rank 0 went without a word
+
+
+def main(descriptor: int) -> None:
+    """The whole life of a rank's process."""
+    link = Link(socket.socket(fileno=descriptor))
+    follow(link, leave=os._exit)
+
+
+def follow(link: Link, leave: Callable[[int], object]) -> None:
+    """Follow until rank 0 says stop. `leave` is called with an exit code when it is gone."""
+    try:
+        Follower(link, leave).run()
+    except Exception as error:
+        logger.error("a rank cannot go on", exc_info=error)
+        with contextlib.suppress(OSError):
+            link.send(Failed(_sendable(error)))
+        leave(1)
+    finally:
+        link.close()
+
+
+def _sendable(error: Exception) -> Exception:
+    return (
+        error
+        if isinstance(error, LoramuxError)
+        else EngineError(f"{type(error).__name__}: {error}")
+    )
+
+
+class Follower:
+    """One rank."""
+
+    def __init__(self, link: Link, leave: Callable[[int], object]):
+        self._link = link
+        self._leave = leave
+        self._plans: queue.SimpleQueue[StepPlan | Stop] = queue.SimpleQueue()
+        self._received = 0  # plans; counted by the reader
+        self._launched = 0
+        self._progress = threading.Condition()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-writer")
+
+    def run(self) -> None:
+        start, _ = self._link.receive()
+        assert isinstance(start, Start)
+        runner = self._prepare(start)
+        threading.Thread(target=self._read, args=(runner,), daemon=True).start()
+        self._link.send(Here())
+        while isinstance(plan := self._plans.get(), StepPlan):
+            runner.launch(plan)
+            with self._progress:
+                self._launched += 1
+                self._progress.notify_all()
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, start: Start) -> Runner:
+        torch.set_num_threads(start.threads)
+        self._link.send(Here())
+        self._link.receive()  # Meet: nobody waits for one that never came
+        device = torch.device(start.config.device)
+        group = join(start.store_path, start.rank, start.size, device, shared=start.shared)
+        loaded = load_model(start.config, group)
+        self._link.send(Here(loaded.facts))
+        resolved, _ = self._link.receive()
+        assert isinstance(resolved, Resolved)
+        config = resolved.config.model_copy(update={"device": loaded.facts.device})
+        facts = replace(resolved.facts, device=loaded.facts.device)
+        return make_runner(loaded.attached, config, facts)
+
+    def _read(self, runner: Runner) -> None:
+        """In a thread of its own: hand on what comes."""
+        try:
+            while True:
+                message, file = self._link.receive()
+                if isinstance(message, Load):
+                    assert file is not None
+                    self._loader.submit(self._load, runner, message, file, self._received)
+                    continue
+                self._received += 1
+                self._plans.put(message)
+                if isinstance(message, Stop):
+                    return
+        except (EOFError, OSError):
+            self._plans.put(Stop())
+            self._leave(EXIT_LOST)
+
+    def _load(self, runner: Runner, message: Load, file: int, after: int) -> None:
+        failure: Exception | None = None
+        try:
+            with self._progress:
+                self._progress.wait_for(lambda: self._launched >= after)
+            buffer = from_file(file, message.num_bytes)  # [bytes] uint8
+            runner.load(message.load, AdapterWeights(message.load.ref, buffer, message.source))
+        except Exception as error:
+            logger.exception("loading adapter %r failed", message.load.ref.name)
+            failure = _sendable(error)
+        with contextlib.suppress(OSError):  # the reader notices as well
+            self._link.send(Loaded(message.number, failure))

@@ -1,0 +1,177 @@
+"""Linear layers of which each rank holds a part, and the adapters on them.
+
+    column, default   h = A x            y + B' h                            A whole, B' this rank's rows
+    column, fully     h = gather(A' x)   y + B' h                            A' every N-th rank row
+    row, default      h = A' x'          reduce(y + B h)                     A' this rank's columns
+    row, fully        h = reduce(A' x')  reduce(y + B' h in its columns)     B' this rank's rows
+
+x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
+Each rank adds its own share of a delta exactly once, so one all-reduce sums both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from loramux.kernels import (
+    Expand,
+    LoRASite,
+    WorkList,
+    linear,
+    lora_expand,
+    lora_shrink,
+    shrink_parts,
+)
+from loramux.layers.batch import LoRAStep, StepBatch
+from loramux.layers.linear import ROW_STEP, MergedLinear
+from loramux.parallel import Cut, Group
+
+
+class ShardedLinear(MergedLinear):
+    """A `MergedLinear` over this rank's parts `linears` of layers that are cut as `cuts` say, all in
+    the same manner. Features count on this rank; `cuts` have those of the whole."""
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        batch: StepBatch,
+        cuts: Sequence[Cut],
+        group: Group,
+        *,
+        fully: bool,
+    ):
+        super().__init__(linears, batch)
+        self.cuts = tuple(cuts)
+        self.kind = cuts[0].kind
+        self.dealt_site: LoRASite | None = None  # A where its rows are dealt out, empty where not
+        self._group = group
+        self._deals = fully
+        self._fully = fully and self.kind != "whole"
+        self._outside = cuts[0].outside
+        assert len(cuts) == 1 or self.kind != "row", "row layers are never merged"
+
+    @property
+    def is_product(self) -> bool:
+        return self.kind == "whole"
+
+    def whole_features(self, index: int) -> tuple[int, int]:
+        cut = self.cuts[index]
+        return cut.input.whole, cut.output.whole
+
+    def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
+        """As `MergedLinear.attach_site`; with `fully_sharded_loras` A never stands under the weight,
+        because its product has to travel before it is expanded."""
+        slices, device, cut = self.num_slices, self.device, self.cuts[0]
+        padded = rows + -rows % ROW_STEP
+        dealt = -(-padded // self._group.size)
+        nothing = (0,) * (slices + 1)
+        features = self.in_features if cut.deal > 1 else 0
+        if self._deals:
+            self.dealt_site = _site(slices, dealt, features, nothing, dtype, device)
+        if not self._fully:
+            super().attach_site(rows, dtype, under_weight=under_weight)
+        elif cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
+            self.site = _site(slices, padded, 0, tuple(self.starts), dtype, device)
+        else:  # row: A [1, R, in'], B [R, out']
+            starts = (0, cut.b_output.size)
+            self.site = _site(slices, padded, self.in_features, starts, dtype, device)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
+        """x [T, K], of the whole layer or of this rank -> y [T, N] likewise, and the LoRA delta that
+        is still to be added."""
+        cut = self.cuts[0]
+        if self.kind == "row" and self._outside:
+            x = x[:, cut.input.slice].contiguous()  # [T, K']
+        lora = self._batch.lora
+        if self._fully and lora is not None and self.site is not None:
+            y, expand = self._project_fully(x, lora, self.site)  # [T, N']
+        else:
+            y, expand = super().project(x)  # [T, N']
+        if self.kind == "row":
+            if expand is not None:
+                lora_expand(y, expand)
+            return self._group.all_reduce(y), None
+        if self._outside:
+            if expand is not None:
+                lora_expand(y, expand)
+            return self._group.gather_columns(y, cut.output), None
+        return y, expand
+
+    def _project_fully(
+        self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
+    ) -> tuple[torch.Tensor, Expand | None]:
+        self.computations += 1
+        if self.kind == "row":
+            h = self._shrink(x, site, lora.work, lora.width)  # [T, W]
+            h = self._group.all_reduce(h)  # [T, W]
+        else:
+            h = self._shrink_dealt(x, lora)  # [T, W]
+        y = self._base(x)  # [T, N']
+        expand = Expand(site, h.unsqueeze(0), lora.work)
+        if self.kind == "column":
+            return y, expand
+        lora_expand(y[:, self.cuts[0].b_output.slice], expand)
+        return y, None
+
+    def _shrink(self, x: torch.Tensor, site: LoRASite, work: WorkList, width: int) -> torch.Tensor:
+        """x [T, K'] -> [T, width S] float32; columns that no member owns hold anything."""
+        parts = shrink_parts(x.shape[0], self.in_features, work.max_chunks)
+        h = x.new_empty(parts, x.shape[0], width * self.num_slices, dtype=torch.float32)
+        lora_shrink(x, site, work, h)
+        return h[0] if parts == 1 else h.sum(0)  # [T, W]
+
+    def _shrink_dealt(self, x: torch.Tensor, lora: LoRAStep) -> torch.Tensor:
+        """x [T, K] -> [T, W] of all ranks' rows of A: rank row k comes from rank k % N."""
+        assert self.dealt_site is not None and lora.dealt is not None
+        deal, slices = self.cuts[0].deal, self.num_slices
+        width = -(-lora.width // deal)
+        h = self._shrink(x, self.dealt_site, lora.dealt, width)  # [T, W']
+        parts = self._group.all_gather(h).view(deal, x.shape[0], width, slices)  # [N, T, w', S]
+        return parts.permute(1, 2, 0, 3).reshape(x.shape[0], width * deal * slices)  # [T, W]
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, K'] -> [T, N'] without adapters."""
+        if self._packed is not None:
+            return self._packed(x)  # [T, N']
+        assert self.weight is not None
+        return linear(x, self.weight, self.bias)  # [T, N']
+
+
+def deal_out(work: WorkList, deal: int) -> WorkList:
+    """`work` in rows of A as each rank has them, when rank row k is on rank k % deal.
+
+    Pool rows and columns of all members are multiples of `deal`, so they are the same everywhere; of
+    how many rows a rank really has, `LoRASite.row_r` is the judge."""
+    chunks = work.chunks.clone()  # [C, 8]
+    chunks[:, 4] //= deal
+    chunks[:, 5] //= deal
+    chunks[:, 7] = (chunks[:, 7] + deal - 1) // deal  # [C]
+    return replace(
+        work,
+        chunks=chunks,
+        member_rows=work.member_rows // deal,
+        member_columns=work.member_columns // deal,
+        member_ranks=(work.member_ranks + deal - 1) // deal,
+    )
+
+
+def _site(
+    slices: int,
+    rows: int,
+    features: int,
+    starts: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoRASite:
+    """An empty part of the pool."""
+    return LoRASite(
+        a=torch.zeros(slices, rows, features, dtype=dtype, device=device),
+        b=torch.zeros(rows, starts[-1], dtype=dtype, device=device),
+        slice_starts=starts,
+        row_r=torch.zeros(slices, rows, dtype=torch.int32, device=device),
+        row_scale=torch.zeros(slices, rows, dtype=torch.float32, device=device),
+    )

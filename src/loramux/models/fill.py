@@ -1,0 +1,153 @@
+"""Memory for a model that has none yet, and weights into it: a rank's slices of the checkpoint, or
+the same slices of a random model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from loramux.config import EngineConfig
+from loramux.errors import ConfigError
+from loramux.models.shards import INNER, Part, Shards
+
+ONE_FILE = "model.safetensors"
+HF_FLAG = "_is_hf_initialized"  # what transformers leaves alone
+INDEX = "model.safetensors.index.json"
+
+
+def materialise(model: PreTrainedModel, device: str) -> None:
+    """Give every parameter of `model` memory on `device`, tied ones together, and compute what is
+    never read: rotary frequencies and other constants."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+    text = model.config.get_text_config()
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb"):
+            kind: Callable[..., nn.Module] = type(module)
+            model.set_submodule(name, kind(config=text).to(device))
+        elif buffers := dict(module.named_buffers(recurse=False)):
+            for buffer, value in buffers.items():
+                module._buffers[buffer] = torch.empty_like(value, device=device)
+            for parameter in module.parameters(recurse=False):
+                setattr(parameter, HF_FLAG, True)
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+@torch.no_grad()
+def fill_random(model: PreTrainedModel, shards: Shards, seed: int, device: str) -> None:
+    """Weights that depend on the seed alone: each rank draws the whole and keeps its part."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+            continue
+        part = shards.parts.get(name)
+        if part is None:
+            parameter.normal_(0.0, 0.02, generator=generator)
+            continue
+        whole = torch.empty(part.shape, dtype=parameter.dtype, device=device)
+        parameter.copy_(whole.normal_(0.0, 0.02, generator=generator)[part.index])
+
+
+@torch.no_grad()
+def fill_from_checkpoint(model: PreTrainedModel, shards: Shards, config: EngineConfig) -> None:
+    """Read this rank's slices, and no more, from the safetensors files of `config.model`.
+
+    Raises ConfigError when there are none, or when they lack weights or have other shapes."""
+    files = _Files(config)
+    missing, odd = [], []
+    for name, parameter in model.named_parameters():
+        key = name.replace(INNER, ".")
+        if key not in files:
+            missing.append(key)
+            continue
+        part = shards.parts.get(name)
+        expected = part.shape if part else tuple(parameter.shape)
+        try:
+            if files.shape(key) != expected:
+                odd.append(f"{key} has shape {list(files.shape(key))}, expected {list(expected)}")
+            else:
+                parameter.copy_(files.read(key, part))
+        except (SafetensorError, OSError) as error:
+            odd.append(f"{key} cannot be read: {error}")
+    files.close()
+    if missing:
+        odd.append(f"lacks {len(missing)} weights, {missing[0]} among them")
+    if odd:
+        raise ConfigError(
+            f"the checkpoint {config.model!r} cannot be read in slices: {'; '.join(odd[:8])}",
+            field="model",
+            remedy="--tensor-parallel-size 1 lets transformers read it",
+        )
+
+
+class _Files:
+    """The safetensors files of a checkpoint, by the name of a tensor."""
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        self._open: dict[str, Any] = {}
+        index = self._find(INDEX)
+        if index is not None:
+            found: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+            self._file_of = found
+        elif self._find(ONE_FILE) is not None:
+            self._file_of = dict.fromkeys(self._handle(ONE_FILE).keys(), ONE_FILE)
+        else:
+            raise ConfigError(
+                f"the model {config.model!r} has no safetensors files for each rank to read its part of",
+                field="model",
+                remedy="convert the checkpoint, or use --tensor-parallel-size 1",
+            )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._slice(key).get_shape())
+
+    def read(self, key: str, part: Part | None) -> torch.Tensor:
+        """The tensor, or the part of it; other bytes of the file are not touched."""
+        found = self._slice(key)
+        tensor: torch.Tensor = found[part.index] if part else found[:]
+        return tensor
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def _slice(self, key: str) -> Any:
+        return self._handle(self._file_of[key]).get_slice(key)
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            path = self._find(file)
+            if path is None:
+                raise OSError(f"{file} is missing")
+            self._open[file] = safe_open(path, framework="pt")
+        return self._open[file]
+
+    def _find(self, file: str) -> str | None:
+        path = Path(self._config.model).expanduser()
+        if path.exists():
+            return str(path / file) if (path / file).is_file() else None
+        found: str | None = cached_file(
+            self._config.model,
+            file,
+            revision=self._config.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return found

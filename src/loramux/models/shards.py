@@ -1,0 +1,160 @@
+"""Cutting a model that has no weights yet to what one rank holds, by the model's own `tp_plan`.
+
+The linear layers and the embedding become narrower, on the meta device; what of each weight the rank
+has to read is written down in `Shards`. The model's own forward still runs: heads are counted from
+the width of a projection, and the layers that replace these do what crosses ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramux.config import LoRAConfig
+from loramux.errors import UnsupportedModel
+from loramux.layers.embedding import ShardedEmbedding
+from loramux.parallel import STYLES, Cut, Group, Stripe, all_of, cut_linear, stripe
+
+INNER = ".inner."  # what a ShardedEmbedding adds to the names of parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a parameter of the checkpoint one rank holds: its stripe of each dimension."""
+
+    stripes: tuple[Stripe, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return tuple(stripe.whole for stripe in self.stripes)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        return tuple(stripe.slice for stripe in self.stripes)
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """One rank's parts: `cuts` by the name of a linear layer, `parts` by the name of a parameter.
+    What is not named is whole."""
+
+    group: Group
+    fully: bool = False
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+def cut_model(model: PreTrainedModel, group: Group, lora: LoRAConfig | None) -> Shards:
+    """Narrow `model`, which is on the meta device, in place. Raises UnsupportedModel with every layer
+    that cannot be cut."""
+    shards = Shards(group, bool(lora and lora.fully_sharded_loras))
+    if group.size == 1:
+        return shards
+    plan = model.tp_plan or {}
+    if not any(style.startswith("colwise") for style in plan.values()):
+        raise _refusal(model, group, ["it has no tp_plan"])
+    tied = model.get_output_embeddings()
+    tied = tied if getattr(tied, "weight", None) is model.get_input_embeddings().weight else None
+    reasons: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        style = plan.get(_pattern(name))
+        try:
+            cut = cut_linear(
+                *(style, (module.out_features, module.in_features), group.size, group.rank),
+                head=_head_size(model, name),
+                fully=shards.fully,
+            )
+            shards.cuts[name] = cut
+        except ValueError as error:
+            reasons.setdefault(_pattern(name), str(error))
+    there = {_pattern(name) for name, _ in model.named_modules()}
+    served = {*STYLES, "embedding_rowwise"}
+    odd = {name: style for name, style in plan.items() if name in there and style not in served}
+    reasons |= {name: f"the style {style!r} is not served" for name, style in odd.items()}
+    if reasons:
+        raise _refusal(model, group, [f"{name}: {why}" for name, why in reasons.items()])
+    for name, cut in shards.cuts.items():
+        _narrow(model.get_submodule(name), name, cut, shards)
+    _cut_embedding(model, tied, shards)
+    return shards
+
+
+def _refusal(model: PreTrainedModel, group: Group, reasons: list[str]) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{model.config.model_type} cannot be cut for {group.size} ranks: {'; '.join(reasons)}",
+        field="tensor_parallel_size",
+        remedy="--tensor-parallel-size 1, or a number that divides heads and layers evenly",
+    )
+
+
+def _pattern(name: str) -> str:
+    """`model.layers.3.mlp` -> `model.layers.*.mlp`, as tp_plan has it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _head_size(model: PreTrainedModel, name: str) -> int:
+    """Features of a head where `name` is a projection of an attention module, else 0."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(parent, "is_causal"):
+        return 0
+    size = getattr(parent, "head_dim", None)
+    return size if isinstance(size, int) else 0
+
+
+def _narrow(linear: nn.Module, name: str, cut: Cut, shards: Shards) -> None:
+    """Leave `linear` [out, in] the rows and columns of its cut."""
+    assert isinstance(linear, nn.Linear)
+    if cut.kind == "whole":
+        return
+    bias, dtype = linear.bias, linear.weight.dtype
+    linear.out_features, linear.in_features = cut.output.size, cut.input.size
+    linear.weight = _empty((cut.output.size, cut.input.size), dtype)
+    shards.parts[f"{name}.weight"] = Part((cut.output, cut.input))
+    if bias is None:
+        return
+    if cut.kind == "row" and shards.group.rank > 0:
+        linear.bias = None  # type: ignore[assignment]  # of a sum over ranks it counts once
+        return
+    linear.bias = _empty((cut.output.size,), dtype)
+    shards.parts[f"{name}.bias"] = Part((cut.output,))
+
+
+def _cut_embedding(model: PreTrainedModel, tied: nn.Module | None, shards: Shards) -> None:
+    """By vocabulary, unless it is one with a head that stays whole."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if not isinstance(embedding, nn.Embedding) or (tied is not None and not _is_cut(model, shards)):
+        return
+    rows, width = embedding.weight.shape
+    group = shards.group
+    part = stripe(rows, group.size, group.rank)
+    if tied is None:
+        embedding.weight = _empty((part.size, width), embedding.weight.dtype)
+    else:
+        assert isinstance(tied.weight, nn.Parameter)
+        embedding.weight = tied.weight
+        head = next(name for name, module in model.named_modules() if module is tied)
+        shards.parts.pop(f"{head}.weight", None)  # one parameter, and this is its first name
+    embedding.num_embeddings = part.size
+    model.set_input_embeddings(ShardedEmbedding(embedding, part, group))
+    shards.parts[f"{name}{INNER}weight"] = Part((part, all_of(width)))
+
+
+def _is_cut(model: PreTrainedModel, shards: Shards) -> bool:
+    """Whether the output head holds a part of the vocabulary."""
+    head = model.get_output_embeddings()
+    return any(
+        module is head and name in shards.cuts and shards.cuts[name].kind == "column"
+        for name, module in model.named_modules()
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
