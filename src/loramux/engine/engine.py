@@ -110,7 +110,7 @@ class Engine:
         self._stopped = False
         self.team = started.team
         if self.team is not None:
-            self.team.on_lost.append(lambda: self.inbox.post(self._end_if_lost))
+            self.team.on_lost.append(lambda: self.inbox.post(lambda: None))  # wakes the loop
 
     # --- requests, from any thread -------------------------------------------------------------
 
@@ -199,6 +199,8 @@ class Engine:
         That is the same step or, where the runner runs ahead, the one before.
         """
         self._take_in()
+        if self.team is not None and self.team.lost is not None:
+            raise self.team.lost
         plan = self.scheduler.plan(time.monotonic())
         for load in self.scheduler.take_loads():
             assert self.loads is not None
@@ -311,10 +313,6 @@ class Engine:
         for answer in opened.answers:
             if answer.finish_reason is None:
                 self._finish(answer, "abort")
-
-    def _end_if_lost(self) -> None:
-        if self.team is not None and self.team.lost is not None:
-            raise self.team.lost
 
     def _take_in(self) -> None:
         for action in self.inbox.drain():
