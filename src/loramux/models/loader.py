@@ -256,6 +256,12 @@ def load_schema(config: EngineConfig) -> Attached:
 def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str) -> ModelFacts:
     """The facts of the model of `config` as `load_model` would find them on `device`, read from its
     configuration alone. `memory` is what the device has before. Raises as `load_model` does."""
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            "the memory of several ranks cannot be planned before they start",
+            field="tensor_parallel_size",
+            remedy="leave it out for the whole model's table; at start each rank's is shown",
+        )
     hf_config = read_config(config.model, config.revision)
     positions, reason = _max_positions(hf_config)
     attached = attach(_on_meta(config, hf_config), config.lora)
