@@ -1,0 +1,54 @@
+"""kill -9 one rank under load: every open request hears of it, and the server leaves with an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from tiny import TinyWorld
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in found for child in path.read_text().split()]
+
+
+def test_kill_9_of_a_rank_ends_the_server(tiny_world: TinyWorld) -> None:
+    model = str(tiny_world.model)
+    flags = ["--device", "cpu", "--port", "0", "--tensor-parallel-size", "2"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "loramux", "serve", model, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip().removeprefix("Listening on ")
+        body = {"model": model, "prompt": "abc", "max_tokens": 240, "ignore_eos": True}
+
+        def ask(stream: bool) -> httpx.Response:
+            return httpx.post(f"{url}/v1/completions", json=body | {"stream": stream}, timeout=30)
+
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(ask, stream) for stream in (True, False, False)]
+            time.sleep(0.5)
+            begin = time.monotonic()
+            (rank,) = _children(server.pid)
+            os.kill(rank, signal.SIGKILL)
+            streamed, *whole = (answer.result() for answer in answers)
+        assert time.monotonic() - begin < 10
+        assert '"code":"engine_stopped"' in streamed.text
+        assert all(answer.status_code == 503 for answer in whole)
+        _, errors = server.communicate(timeout=10)
+        assert server.returncode not in (0, None) and "rank 1 of 2 is lost" in errors
+    finally:
+        server.kill()
+        server.wait()
