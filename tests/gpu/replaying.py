@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loramux.config.graphs import graph_sizes
+from loramux.config.graphs import sizes_to_capture
 from loramux.engine import engine as engine_module
 from loramux.engine import gpu_runner
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
@@ -143,7 +143,7 @@ class CpuReplayingRunner(SeenRunner):
     def _capture(self) -> DecodeGraphs | None:
         if self.config.enforce_eager:
             return None
-        sizes = self.config.cudagraph_capture_sizes or graph_sizes(self.config.max_num_seqs)
+        sizes = sizes_to_capture(self.config.cudagraph_capture_sizes, self.config.max_num_seqs)
         graphs = CpuGraphs(sizes, self._prepare_capture, self._forward_captured)
         graphs.capture_all(self._graph_keys(sizes))
         return graphs

@@ -11,6 +11,7 @@ import torch
 
 from loramux.config import EngineConfig, LoRAConfig, ModelFacts, plan_memory, resolve
 from loramux.config.facts import Widths
+from loramux.config.graphs import graph_sizes, sizes_to_capture
 from loramux.config.memory import SPARE_BYTES, adapter_pool_bytes, num_graphs, packed_bytes
 from loramux.config.memory_advice import out_of_memory, weights_do_not_fit
 from loramux.engine.packing import Capacity, PackedStep
@@ -98,6 +99,8 @@ def test_graphs_are_counted_as_they_are_captured() -> None:
     assert count() == 23  # 1, 2, 4, 8 of up to 64, 12 of up to 256
     assert count(enforce_eager=True) == 0
     assert count(cudagraph_capture_sizes=[1, 8]) == 2
+    assert sizes_to_capture([16, 1, 8, 32], 9) == [1, 8, 9]
+    assert sizes_to_capture(None, 9) == graph_sizes(9)
     # None, and with adapters in a kernel of their own or 16 rows in the product.
     assert count(cudagraph_capture_sizes=[1, 8], lora=LoRAConfig()) == 2 * 3
     float32 = LoRAConfig(lora_dtype="float32")

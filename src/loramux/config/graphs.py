@@ -12,6 +12,14 @@ def graph_sizes(most: int) -> list[int]:
     return sorted({size for size in sizes if size < most} | {most})
 
 
+def sizes_to_capture(chosen: list[int] | None, most: int) -> list[int]:
+    """The `chosen` batch sizes, or those worth a graph; one that no step of up to `most` sequences
+    fills serves the largest step."""
+    if not chosen:
+        return graph_sizes(most)
+    return sorted({min(size, most) for size in chosen})
+
+
 def active_buckets(max_loras: int) -> list[int]:
     """Powers of two up to `max_loras`, and `max_loras`."""
     return sorted(

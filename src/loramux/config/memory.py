@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loramux.config.facts import ModelFacts
-from loramux.config.graphs import LARGEST, active_buckets, graph_sizes, row_buckets
+from loramux.config.graphs import LARGEST, active_buckets, row_buckets, sizes_to_capture
 from loramux.config.lora import LoRAConfig
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
     """Decode steps that are captured: see `GpuRunner`, whose keys these are."""
     if not facts.on_gpu or config.enforce_eager:
         return 0
-    sizes = config.cudagraph_capture_sizes or graph_sizes(config.max_num_seqs)
+    sizes = sizes_to_capture(config.cudagraph_capture_sizes, config.max_num_seqs)
     if (lora := config.lora) is None:
         return len(sizes)
     under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
@@ -228,7 +228,7 @@ def _graph_bytes(config: EngineConfig, facts: ModelFacts) -> int:
     if not count:
         return 0
     widths = facts.widths
-    sizes = config.cudagraph_capture_sizes or graph_sizes(config.max_num_seqs)
+    sizes = sizes_to_capture(config.cudagraph_capture_sizes, config.max_num_seqs)
     largest = max(sizes)
     # Only the fused forward can leave its logits in one place for all.
     rows = min(config.max_num_seqs, LARGEST) if widths.fused else sum(sizes) * count // len(sizes)

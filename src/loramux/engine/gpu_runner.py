@@ -17,7 +17,7 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.graphs import active_buckets, graph_sizes, row_buckets
+from loramux.config.graphs import active_buckets, row_buckets, sizes_to_capture
 from loramux.config.memory import pool_rank
 from loramux.engine.attention_plans import make_planner
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
@@ -215,7 +215,7 @@ class GpuRunner(Runner):
     def _capture(self) -> DecodeGraphs | None:
         if not self._on_gpu or self.config.enforce_eager:
             return None
-        sizes = self.config.cudagraph_capture_sizes or graph_sizes(self.config.max_num_seqs)
+        sizes = sizes_to_capture(self.config.cudagraph_capture_sizes, self.config.max_num_seqs)
         graphs = DecodeGraphs(sizes, self._prepare_capture, self._forward_captured)
         start = time.perf_counter()
         graphs.capture_all(self._graph_keys(sizes))
@@ -382,7 +382,7 @@ class GpuRunner(Runner):
         sequences = config.max_num_seqs
         pages = sequences * (self._blocks_per_sequence + 1)
         members = sequences * (config.lora.max_loras if config.lora else 1)
-        largest = max(graph_sizes(sequences))
+        largest = max(sizes_to_capture(config.cudagraph_capture_sizes, sequences))
         # Compositions are mostly short; a step with more members in all runs without a graph.
         few = min(members, MEMBERS_A_ROW * largest)
         self._decode = PackedStep(Capacity(largest, largest, few, pages), self._device)
