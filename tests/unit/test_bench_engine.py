@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loramux.bench import at_once, decode, kernels, load, main
+from loramux.bench import at_once, decode, kernels, load, main, profile
 from loramux.bench.case import LINEARS
 from loramux.bench.ceilings import Ceilings, StepFloor
 from loramux.bench.geometry import adapter_elements, geometry, write_adapters, write_model
@@ -305,6 +305,29 @@ def test_kernels_cover_every_linear(tmp_path: Path, capsys: pytest.CaptureFixtur
         made.take(kernels.finish(made, row))
     kernels.show_table(made)
     assert "gate_up" in capsys.readouterr().out
+
+
+def test_profile_covers_every_kind_of_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--batches 1 2 --adapters 0 2 --prefill-tokens 64 --input-len 16 --steps 4"
+    made = sitting(tmp_path, "profile", profile.parse([*SMALL, *words.split()]))
+    rows = [row for row in rows_of(profile.make_job(made)) if row["case"] == "profile"]
+    steps = [("decode", 1, 0), ("decode", 2, 0), ("decode", 2, 2), ("prefill", 64, 0)]
+    found = {(row["step"], row["tokens"], row["adapters"]) for row in rows}
+    assert found == {*steps, ("prefill", 64, 2)}
+    assert all(row["us"] >= 0 for row in rows) and len({row["kernel"] for row in rows}) > 3
+    for row in rows:
+        made.take(row)
+    profile.show_table(made)
+    assert "prefill 64, 2 LoRAs" in capsys.readouterr().out
+
+
+def test_time_belongs_to_the_kernel_that_started_last_or_to_nobody() -> None:
+    spans = [("b<2>(x)", 4.0, 9.0), ("void a<1>()", 0.0, 5.0), ("a", 12.0, 13.0)]
+    assert profile.by_kernel(spans) == [
+        ("a", 5.0, 2), ("b", 5.0, 1), (profile.IDLE, 3.0, 1),
+    ]  # fmt: skip
 
 
 def test_a_worker_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:

@@ -42,12 +42,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_numbers(parser, "--adapters", [0, 1, 8, 32], "different adapters in the step")
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="0: no prefill (8192)")
     parser.add_argument("--input-len", type=int, default=512, help="prompt tokens (512)")
+    parser.add_argument("--decode-input-len", type=int, default=64, help="before decoding (64)")
     parser.add_argument("--steps", type=int, default=16, help="profiled steps of a case (16)")
     add_engine(parser)
     add_output(parser)
     options = parser.parse_args(argv)
-    if min(options.batches) < 1 or min(options.steps, options.input_len) < 1:
-        parser.error("--batches, --steps and --input-len must be at least 1")
+    lengths = options.input_len, options.decode_input_len
+    if min(*options.batches, *lengths, options.steps) < 1 or options.prefill_tokens < 0:
+        parser.error(
+            "--batches, --steps and both lengths must be at least 1, --prefill-tokens at least 0"
+        )
     return options
 
 
@@ -70,7 +74,7 @@ def make_job(sitting: Sitting) -> Job:
         [("prefill", tokens)] * (tokens > 0)
     )
     sequences = max(*options.batches, -(-tokens // options.input_len), 1)
-    length = options.input_len + 4 * options.steps + 16
+    length = max(options.input_len, options.decode_input_len) + 4 * options.steps + 16
     settings = sitting.settings(sequences, length, **lora)
     return Job(
         workload="profile",
@@ -85,6 +89,7 @@ def make_job(sitting: Sitting) -> Job:
         adapters=sitting.adapters(most, options.rank) if most else [],
         options={
             "input_len": options.input_len,
+            "decode_input_len": options.decode_input_len,
             "steps": options.steps,
             "seed": options.seed,
             "device": options.device,
@@ -115,10 +120,16 @@ def _decode(
 ) -> tuple[list[Span], int]:
     """Spans of `steps` steps in which `tokens` sequences decode."""
     count = case["tokens"]
-    _submit(job, system, case, dice, count, 4 * steps + 8)
-    full = 0
+    _submit(job, system, case, dice, count, 4 * steps + 8, job.options["decode_input_len"])
+    full, remaining = 0, count
     while full < 3:  # all prompts have been read
-        full = full + 1 if len(system.step()) == count else 0
+        news = system.step()
+        full = full + 1 if len(news) == count else 0
+        remaining -= sum(item.finished for item in news)
+        if not remaining:
+            raise RuntimeError(
+                f"batch {count} never decoded as a whole: is the KV cache too small?"
+            )
     with _Recorder(job.options["device"]) as recorder:
         for _ in range(steps):
             system.step()
@@ -132,7 +143,7 @@ def _prefill(
     """Spans of about `steps` / 4 steps of as many prompt tokens as fit."""
     rounds = max(1, steps // 4)
     count = rounds * max(1, case["tokens"] // job.options["input_len"])
-    _submit(job, system, case, dice, count, 1)
+    _submit(job, system, case, dice, count, 1, job.options["input_len"])
     remaining = count
     with _Recorder(job.options["device"]) as recorder:
         while remaining:
@@ -141,12 +152,18 @@ def _prefill(
 
 
 def _submit(
-    job: Job, system: System, case: dict[str, Any], dice: random.Random, count: int, length: int
+    job: Job,
+    system: System,
+    case: dict[str, Any],
+    dice: random.Random,
+    count: int,
+    output_len: int,
+    input_len: int,
 ) -> None:
     adapters = case["adapters"]
     for i in range(count):
-        prompt = [dice.randrange(3, job.vocab_size) for _ in range(job.options["input_len"])]
-        system.submit(f"profile-{i}", prompt, length, i % adapters if adapters else None)
+        prompt = [dice.randrange(3, job.vocab_size) for _ in range(input_len)]
+        system.submit(f"profile-{i}", prompt, output_len, i % adapters if adapters else None)
 
 
 def _abandon(system: System, count: int) -> None:
