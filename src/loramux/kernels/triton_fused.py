@@ -142,7 +142,7 @@ def _run_gated(
             SIZE=size,
             COLS=width,
             ACTIVATION=activation,
-            **tile_arguments(expand),
+            **tile_arguments(),
             **early(gate.device),
         )
         return out  # [T, I]

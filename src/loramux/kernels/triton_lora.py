@@ -93,7 +93,7 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     if width:
         _expand_tiles[tile_programs(expand, y.shape[1] // width)](
             *(y, y.stride(0), lora, site.slice_starts, parts, width),
-            **tile_arguments(expand),
+            **tile_arguments(),
             **early(y.device),
         )
         return

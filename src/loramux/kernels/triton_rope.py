@@ -217,7 +217,7 @@ def rope_kv(
     }
     lora = kernel_arguments(expand)
     if expand is not None and all(start % size == 0 for start in expand.site.slice_starts):
-        tile = {**tile_arguments(expand), **early(qkv.device)}
+        tile = {**tile_arguments(), **early(qkv.device)}
         grid = tile_programs(expand, everything)
         _rope_kv_tiles[grid](*arguments, **lora, **shapes, **tile, enable_fp_fusion=False)
         return q  # [T, H, D]
