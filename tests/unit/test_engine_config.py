@@ -70,3 +70,9 @@ def test_every_field_is_documented() -> None:
     for section in (EngineConfig, LoRAConfig, ServerConfig):
         missing = [n for n, f in section.model_fields.items() if not f.description and n != "host"]
         assert not missing, f"{section.__name__}: {missing}"
+
+
+@pytest.mark.parametrize("sizes", [[0], [8, -1], [513]])
+def test_graphs_are_made_for_few_sequences(sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match="1 to 512"):
+        EngineConfig(model="m", cudagraph_capture_sizes=sizes)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux.config.facts import ModelFacts
+from loramux.config.graphs import LARGEST
 from loramux.config.lora import LoRAConfig
 from loramux.config.memory import default_kv_bytes, most_kv_bytes
 from loramux.config.memory_advice import kv_too_large, no_room_for_kv
@@ -91,7 +92,7 @@ class EngineConfig(BaseModel):
     """Launch every kernel of a decode step on its own instead of replaying CUDA graphs."""
 
     cudagraph_capture_sizes: list[int] | None = None
-    """Batch sizes whose decode steps are captured as CUDA graphs at start; default: up to
+    """Batch sizes, 1 to 512, whose decode steps are captured as CUDA graphs at start; default: up to
     `max_num_seqs`, close together where they are small. Larger batches run without."""
 
     chat_template: str | None = None
@@ -114,6 +115,14 @@ class EngineConfig(BaseModel):
                     raise ValueError(f"{other} and {name} are one setting; give one of them")
                 data[name] = value
         return data
+
+    @field_validator("cudagraph_capture_sizes")
+    @classmethod
+    def _captured(cls, sizes: list[int] | None) -> list[int] | None:
+        wrong = [size for size in sizes or () if not 1 <= size <= LARGEST]
+        if wrong:
+            raise ValueError(f"{wrong}: graphs are made for 1 to {LARGEST} sequences")
+        return sizes
 
     @field_validator("kv_cache_memory_bytes", mode="before")
     @classmethod
