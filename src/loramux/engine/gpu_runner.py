@@ -20,6 +20,7 @@ from loramux.config import EngineConfig, ModelFacts
 from loramux.config.graphs import active_buckets, row_buckets, sizes_to_capture
 from loramux.config.memory import pool_rank
 from loramux.engine.attention_plans import make_planner
+from loramux.engine.gpu_running import GpuRunning
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
 from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
@@ -36,7 +37,7 @@ from loramux.engine.packing import (
     runs_of,
 )
 from loramux.engine.plan import AdapterLoad, Row, StepPlan
-from loramux.engine.runner import GpuRunning, Runner
+from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
 from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up

@@ -16,8 +16,7 @@ from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
 from loramux.config.memory import pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
-from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
-from loramux.engine.sampler import Choice
+from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
 from loramux.errors import ConfigError
 from loramux.kernels import LoRASite
 from loramux.layers.sharded import ShardedLinear
@@ -44,21 +43,6 @@ class Finished:
 
     def read(self) -> StepResult:
         return self.result
-
-
-@dataclass(slots=True)
-class GpuRunning:
-    """A launched step whose tokens are on their way to the host."""
-
-    rows: list[Row]
-    choice: Choice | None  # of rank 0
-
-    def read(self) -> StepResult:
-        """Wait for this step, and for no other. On rank 0."""
-        assert self.choice is not None
-        sampled = self.choice.read()
-        ids = (row.sequence_id for row in self.rows)
-        return StepResult(dict(zip(ids, sampled, strict=True)))
 
 
 class Runner(ABC):

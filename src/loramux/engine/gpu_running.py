@@ -1,0 +1,23 @@
+"""A step on a GPU between its launch and the reading of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loramux.engine.plan import Row, StepResult
+from loramux.engine.sampler import Choice
+
+
+@dataclass(slots=True)
+class GpuRunning:
+    """A launched step whose tokens are on their way to the host."""
+
+    rows: list[Row]
+    choice: Choice | None  # of rank 0
+
+    def read(self) -> StepResult:
+        """Wait for this step, and for no other. On rank 0."""
+        assert self.choice is not None
+        sampled = self.choice.read()
+        ids = (row.sequence_id for row in self.rows)
+        return StepResult(dict(zip(ids, sampled, strict=True)))
