@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
+
+from loramux import LoRARequest
+from tiny import VOCAB, save_adapter, save_model
+
+Composition = dict[str, float]
+"""Adapters by name, each with its scale; none: the base model."""
 
 
 class Oracle:
@@ -51,3 +60,49 @@ class Oracle:
         for _ in range(count):
             tokens.append(int(self.logits(tokens, composition)[-1].argmax()))
         return tokens[len(prompt) :]
+
+
+def make_case(
+    root: Path,
+    family: str,
+    adapters: dict[str, dict[str, Any]],
+    compositions: Sequence[Composition],
+    longest: int,
+    count: int,
+) -> tuple[Path, dict[str, Path], list[list[int]], list[list[int]], Oracle]:
+    """A tiny model, its adapters, prompts of up to `longest` tokens, PEFT's `count` tokens for each
+    composition, and PEFT itself."""
+    model = save_model(root / "model", family)
+    paths = {
+        name: save_adapter(model, root / name, seed=seed + 1, **settings)
+        for seed, (name, settings) in enumerate(adapters.items())
+    }
+    dice = random.Random(5)
+    prompts = [
+        [dice.randrange(3, VOCAB) for _ in range(dice.randrange(5, longest))] for _ in compositions
+    ]
+    oracle = Oracle(model, paths)
+    expected = [oracle.greedy(p, c, count) for p, c in zip(prompts, compositions, strict=True)]
+    return model, paths, prompts, expected, oracle
+
+
+def requests_for(
+    paths: dict[str, Path], compositions: Sequence[Composition]
+) -> list[list[LoRARequest]]:
+    return [
+        [LoRARequest(name, 1, str(paths[name]), scale=scale) for name, scale in c.items()]
+        for c in compositions
+    ]
+
+
+def assert_logprobs_equal(
+    answer: Any, prompt: Sequence[int], composition: Composition, oracle: Oracle
+) -> None:
+    """Those of a greedy answer, which must have some, are PEFT's."""
+    tokens = [*prompt, *answer.token_ids]
+    wanted = oracle.logits(tokens[:-1], composition).log_softmax(-1)[len(prompt) - 1 :]
+    assert len(answer.logprobs) == len(answer.token_ids)
+    for step, entry in enumerate(answer.logprobs):
+        for token, item in entry.items():
+            assert item.logprob == pytest.approx(float(wanted[step, token]), abs=2e-3)
+        assert entry[answer.token_ids[step]].rank == 1

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from pathlib import Path
-
 import pytest
 
-from loramux import LLM, LoRARequest, SamplingParams
-from parity.oracle import Oracle
-from tiny import FAMILIES, VOCAB, save_adapter, save_model
+from loramux import LLM, SamplingParams
+from parity.oracle import assert_logprobs_equal, make_case, requests_for
+from tiny import FAMILIES
 
 COUNT = 12
 ADAPTERS = {
@@ -47,22 +44,7 @@ COMPOSITIONS: list[dict[str, float]] = [
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp(request.param)
-    model = save_model(root / "model", request.param)
-    paths: dict[str, Path] = {}
-    for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        paths[name] = save_adapter(model, root / name, seed=seed + 1, **settings)
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.randrange(5, 45))] for _ in COMPOSITIONS]
-    oracle = Oracle(model, paths)
-    expected = [oracle.greedy(p, c, COUNT) for p, c in zip(prompts, COMPOSITIONS, strict=True)]
-    return model, paths, prompts, expected, oracle
-
-
-def _requests(paths: dict[str, Path]) -> list[list[LoRARequest]]:
-    return [
-        [LoRARequest(name, 1, str(paths[name]), scale=scale) for name, scale in c.items()]
-        for c in COMPOSITIONS
-    ]
+    return make_case(root, request.param, ADAPTERS, COMPOSITIONS, 45, COUNT)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +74,9 @@ def test_greedy_tokens_equal_peft(case, settings) -> None:
         settings |= {"kv_cache_memory_bytes": tokens * per_token, "max_model_len": 64}
     with LLM(str(model), enable_lora=True, device="cpu", **settings) as llm:
         params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
-        outputs = llm.generate(prompts, params, lora_request=_requests(paths))
+        outputs = llm.generate(prompts, params, lora_request=requests_for(paths, COMPOSITIONS))
         assert [o.outputs[0].token_ids for o in outputs] == expected
-        again = llm.generate(prompts, params, lora_request=_requests(paths))
+        again = llm.generate(prompts, params, lora_request=requests_for(paths, COMPOSITIONS))
         assert [o.outputs[0].token_ids for o in again] == expected
         llm.engine.check_integrity()
     assert len({tuple(tokens) for tokens in expected}) > 4, "the adapters do not differ"
@@ -104,12 +86,6 @@ def test_logprobs_equal_peft(case) -> None:
     model, paths, prompts, _, oracle = case
     with LLM(str(model), enable_lora=True, device="cpu", max_loras=5, max_lora_rank=8) as llm:
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=5)
-        outputs = llm.generate(prompts, params, lora_request=_requests(paths))
+        outputs = llm.generate(prompts, params, lora_request=requests_for(paths, COMPOSITIONS))
     for output, prompt, composition in zip(outputs, prompts, COMPOSITIONS, strict=True):
-        answer = output.outputs[0]
-        tokens = [*prompt, *answer.token_ids]
-        wanted = oracle.logits(tokens[:-1], composition).log_softmax(-1)[len(prompt) - 1 :]
-        for step, entry in enumerate(answer.logprobs or []):
-            for token, item in entry.items():
-                assert item.logprob == pytest.approx(float(wanted[step, token]), abs=2e-3)
-            assert entry[answer.token_ids[step]].rank == 1
+        assert_logprobs_equal(output.outputs[0], prompt, composition, oracle)
