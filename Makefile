@@ -18,7 +18,7 @@ ADAPTERS := $(patsubst %/adapter_config.json,%,$(sort $(wildcard examples/adapte
 LORA_MODULES := $(foreach path,$(ADAPTERS),$(notdir $(path))=$(path))
 CODE := src tests bench docs examples
 
-.PHONY: help install serve test fmt check bench docs clean
+.PHONY: help install serve test fmt check bench sanitize docs clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +47,13 @@ check: .venv/.installed ## Format, lint, types and import contracts, without the
 bench: .venv/.installed ## Measure loramux beside transformers and PEFT (ARGS=--quick for a look)
 	@set -o pipefail; model="$$($(BIN)/python examples/demo_model.py | tail -n 1)" && \
 	$(BIN)/loramux bench throughput --model "$$model" --peers bench/peers --output bench/results $(ARGS)
+
+# Each allocation on its own: a write past a tensor then leaves the memory, and is seen.
+sanitize: .venv/.installed ## Look for invalid accesses and races in the Triton kernels (needs a GPU)
+	@for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all \
+	    --error-exitcode 86 $(BIN)/python -m pytest -q tests/kernels -k triton $(ARGS) || exit; \
+	done
 
 docs: .venv/.installed ## Write docs/configuration.md anew and run the documentation's tests
 	$(BIN)/python docs/generate.py
