@@ -106,13 +106,22 @@ def measure(job: Job, system: System, say: Say) -> Iterator[dict[str, Any]]:
     for case in job.cases:
         say(f"{case['step']} of {case['tokens']} tokens, {case['adapters']} adapters")
         run = _decode if case["step"] == "decode" else _prefill
-        run(job, system, case, dice, 2)  # adapters come in, kernels are compiled
+        _bring_in(job, system, case, dice)
+        run(job, system, case, dice, 2)  # kernels are compiled
         spans, steps = run(job, system, case, dice, job.options["steps"])
         for name, microseconds, calls in by_kernel(spans):
             yield {
                 **{"case": "profile", **case, "kernel": name},
                 **{"us": round(microseconds / steps, 2), "calls": round(calls / steps, 2)},
             }
+
+
+def _bring_in(job: Job, system: System, case: dict[str, Any], dice: random.Random) -> None:
+    """Answer a request of each adapter: afterwards none is waited for."""
+    remaining = case["adapters"]
+    _submit(job, system, case, dice, remaining, 1, job.options["decode_input_len"])
+    while remaining:
+        remaining -= sum(news.finished for news in system.step())
 
 
 def _decode(
