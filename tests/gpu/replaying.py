@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loramux.config.graphs import sizes_to_capture
+from loramux.config.memory import captured_sizes
 from loramux.engine import engine as engine_module
 from loramux.engine import gpu_runner
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
@@ -85,7 +85,8 @@ class SeenRunner(gpu_runner.GpuRunner):
     ) -> StepOutput:
         assert self._graphs is not None and self._graphs.get(key) is captured
         base_rows = None if choice is None else choice.base_rows
-        self.events.append(Event("replay", key, len(rows), len(rows), base_rows))
+        sequences = len({row.sequence_id for row in rows})
+        self.events.append(Event("replay", key, sequences, len(rows), base_rows))
         return super()._replay(rows, key, captured, choice)
 
     def _run_eagerly(
@@ -143,7 +144,7 @@ class CpuReplayingRunner(SeenRunner):
     def _capture(self) -> DecodeGraphs | None:
         if self.config.enforce_eager:
             return None
-        sizes = sizes_to_capture(self.config.cudagraph_capture_sizes, self.config.max_num_seqs)
+        sizes = captured_sizes(self.config)
         graphs = CpuGraphs(sizes, self._prepare_capture, self._forward_captured)
         graphs.capture_all(self._graph_keys(sizes))
         return graphs

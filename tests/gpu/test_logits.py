@@ -101,6 +101,7 @@ def test_every_mixture(
     first, last = kinds.index("replay"), len(kinds) - kinds[::-1].index("replay")
     assert kinds[first:last].count("load") >= 8, "adapters came between replays"
     assert {event.key.tokens for event in replays if event.key} >= {4, 8, 16}
+    assert any(event.rows < event.tokens for event in replays), "prompts were replayed as well"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -38,11 +38,11 @@ def test_graphs_of_many_rows_share_their_logits(
     assert runner.decoder.softcap == bent.get("final_logit_softcapping", 0.0)
     assert runner._graphs is not None
     graphs = runner._graphs._graphs
-    assert {key.tokens for key in graphs} == {1, 2, 4}
+    assert {key.tokens for key in graphs} >= {1, 2, 4, 16, 128}
     places = {captured.output.logits.data_ptr() for k, captured in graphs.items() if k.tokens > 1}
     assert len(places) == 1
     rows = [captured.output.logits.shape[0] for captured in graphs.values()]
-    assert sorted(rows) == [1, 2, 4]
+    assert sorted(rows) == sorted(key.tokens for key in graphs)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -19,14 +19,11 @@ from pathlib import Path
 
 import torch
 
+from loramux.adapters.files import FileChanged, read_into
 from loramux.adapters.host_cache import HostMemory
 from loramux.types import AdapterRef
 
 RACY_S = 2.0  # the coarsest clock of a file system in use
-
-
-class FileChanged(OSError):
-    """The file is not the one that was checked, or it is written to while it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +123,7 @@ class AdapterSource:
         with open(self.weights_path, "rb", buffering=0) as file:
             self._check(os.fstat(file.fileno()))
             for start, offset, size in self.layout.runs:
-                file.seek(start)
-                _fill(file, view[offset : offset + size])
+                read_into(file.fileno(), start, view[offset : offset + size])
             self._check(os.fstat(file.fileno()))
         return torch.frombuffer(view, dtype=torch.uint8)  # [num_bytes]
 
@@ -149,16 +145,6 @@ class AdapterSource:
 def now_s() -> float:
     """The clock that files are stamped with."""
     return time.time()
-
-
-def _fill(file: object, view: memoryview) -> None:
-    """Read until `view` is full; the lock of the interpreter is free meanwhile."""
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise FileChanged("it ends too early")
-        done += count
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux.config.facts import ModelFacts
-from loramux.config.graphs import LARGEST
+from loramux.config.graphs import GPU_STEP, LARGEST
 from loramux.config.lora import LoRAConfig
 from loramux.config.memory import default_kv_bytes, most_kv_bytes
 from loramux.config.memory_advice import kv_too_large, no_room_for_kv
@@ -89,11 +89,11 @@ class EngineConfig(BaseModel):
     weights, for benchmarks."""
 
     enforce_eager: bool = False
-    """Launch every kernel of a decode step on its own instead of replaying CUDA graphs."""
+    """Launch every kernel of a step on its own instead of replaying CUDA graphs."""
 
     cudagraph_capture_sizes: list[int] | None = None
-    """Batch sizes, 1 to 512, whose decode steps are captured as CUDA graphs at start; default: up to
-    `max_num_seqs`, close together where they are small. Larger batches run without."""
+    """Sizes in tokens, 1 to 512, of the steps that are captured as CUDA graphs at start; default: up
+    to 512, close together where they are small. Larger steps run without."""
 
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, instead of the tokenizer's."""
@@ -121,7 +121,7 @@ class EngineConfig(BaseModel):
     def _captured(cls, sizes: list[int] | None) -> list[int] | None:
         wrong = [size for size in sizes or () if not 1 <= size <= LARGEST]
         if wrong:
-            raise ValueError(f"{wrong}: graphs are made for 1 to {LARGEST} sequences")
+            raise ValueError(f"{wrong}: graphs are made for steps of 1 to {LARGEST} tokens")
         return sizes
 
     @field_validator("kv_cache_memory_bytes", mode="before")
@@ -147,7 +147,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
     """
     length = _resolve_length(config, facts)
     on_gpu = facts.on_gpu
-    tokens = config.max_num_batched_tokens or (8192 if on_gpu else 512)
+    tokens = config.max_num_batched_tokens or (GPU_STEP if on_gpu else 512)
     lora = config.lora.verify_with_model_config(facts) if config.lora else None
     run_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
     resolved = config.model_copy(

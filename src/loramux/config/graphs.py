@@ -1,23 +1,29 @@
-"""Which decode steps are worth a CUDA graph, in integers: so that their memory can be planned."""
+"""Which steps are worth a CUDA graph, in integers: so that their memory can be planned."""
 
 from __future__ import annotations
 
-LARGEST = 512  # more sequences than this decode without a graph: their launches hide
+LARGEST = 512  # tokens; launching the kernels of larger steps hides behind their work
+GPU_STEP = 8192  # tokens of the largest step on a GPU, if nothing else is asked for
+REREAD_POSITIONS = 1 << 17  # see `engine/singles.py`
+REREAD_BYTES = 16 << 30
+PROMPT_SIZES = (16, 32, 64, 128, 256, 384, LARGEST)
 
 
-def graph_sizes(most: int) -> list[int]:
-    """Batch sizes worth a graph, up to `most` sequences: close together where steps are short."""
+def graph_sizes(sequences: int, tokens: int) -> list[int]:
+    """Tokens of steps worth a graph, of up to `tokens` tokens: close together where a step can be one
+    token of each of up to `sequences` sequences, far apart where prompts are in it."""
+    most = min(sequences, tokens, LARGEST)
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, LARGEST + 1, 32)]
-    most = min(most, LARGEST)
-    return sorted({size for size in sizes if size < most} | {most})
+    decode = {size for size in sizes if size < most} | {most}
+    return sorted(decode | {size for size in PROMPT_SIZES if most < size <= tokens})
 
 
-def sizes_to_capture(chosen: list[int] | None, most: int) -> list[int]:
-    """The `chosen` batch sizes, or those worth a graph; one that no step of up to `most` sequences
-    fills serves the largest step."""
+def sizes_to_capture(chosen: list[int] | None, sequences: int, tokens: int) -> list[int]:
+    """The `chosen` sizes, or those worth a graph; one that no step of up to `tokens` tokens fills
+    serves the largest step."""
     if not chosen:
-        return graph_sizes(most)
-    return sorted({min(size, most) for size in chosen})
+        return graph_sizes(sequences, tokens)
+    return sorted({min(size, tokens) for size in chosen})
 
 
 def active_buckets(max_loras: int) -> list[int]:

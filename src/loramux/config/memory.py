@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loramux.config.facts import ModelFacts
-from loramux.config.graphs import LARGEST, active_buckets, row_buckets, sizes_to_capture
+from loramux.config.graphs import (
+    GPU_STEP,
+    REREAD_POSITIONS,
+    active_buckets,
+    row_buckets,
+    sizes_to_capture,
+)
 from loramux.config.lora import LoRAConfig
 
 if TYPE_CHECKING:
@@ -162,11 +168,17 @@ def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
     return lora.max_lora_rank + -lora.max_lora_rank % granule
 
 
+def captured_sizes(config: EngineConfig) -> list[int]:
+    """Tokens of the steps that are captured, where steps are."""
+    tokens = max(config.max_num_batched_tokens or GPU_STEP, config.max_num_seqs)
+    return sizes_to_capture(config.cudagraph_capture_sizes, config.max_num_seqs, tokens)
+
+
 def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
-    """Decode steps that are captured: see `GpuRunner`, whose keys these are."""
+    """Steps that are captured: see `GpuRunner`, whose keys these are."""
     if not facts.on_gpu or config.enforce_eager:
         return 0
-    sizes = sizes_to_capture(config.cudagraph_capture_sizes, config.max_num_seqs)
+    sizes = captured_sizes(config)
     if (lora := config.lora) is None:
         return len(sizes)
     under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
@@ -211,15 +223,17 @@ def _workspace_bytes(config: EngineConfig, facts: ModelFacts) -> int:
 
 
 def packed_bytes(config: EngineConfig) -> int:
-    """At least what the buffers of a decode step and of a mixed one take on the device."""
+    """At least what the buffers of a captured step and of others take on the device."""
     assert config.max_num_batched_tokens is not None and config.max_model_len is not None
     sequences = config.max_num_seqs
     tokens = max(config.max_num_batched_tokens, sequences)
     members = sequences * (config.lora.max_loras if config.lora else 1)
     pages = sequences * (-(-config.max_model_len // config.block_size) + 2)
-    decode = 12 * min(sequences, LARGEST) + 9 * sequences + 4 * members + pages
+    # A captured step has a sequence for each token, and room for those of prompts.
+    captured = 21 * max(captured_sizes(config)) + 4 * members + pages
+    captured += REREAD_POSITIONS // config.block_size
     mixed = 12 * tokens + 9 * sequences + 4 * members + pages
-    return 4 * (decode + mixed) + MIB // 4  # fields start 16 bytes apart
+    return 4 * (captured + mixed) + MIB // 4  # fields start 16 bytes apart
 
 
 def _graph_bytes(config: EngineConfig, facts: ModelFacts) -> int:
@@ -228,9 +242,9 @@ def _graph_bytes(config: EngineConfig, facts: ModelFacts) -> int:
     if not count:
         return 0
     widths = facts.widths
-    sizes = sizes_to_capture(config.cudagraph_capture_sizes, config.max_num_seqs)
+    sizes = captured_sizes(config)
     largest = max(sizes)
     # Only the fused forward can leave its logits in one place for all.
-    rows = min(config.max_num_seqs, LARGEST) if widths.fused else sum(sizes) * count // len(sizes)
+    rows = largest if widths.fused else sum(sizes) * count // len(sizes)
     logits = rows * widths.vocab * widths.itemsize
     return count * GRAPH_BYTES + _layer_bytes(largest, config.lora, facts) + logits

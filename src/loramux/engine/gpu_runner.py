@@ -17,8 +17,8 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.graphs import active_buckets, row_buckets, sizes_to_capture
-from loramux.config.memory import pool_rank
+from loramux.config.graphs import REREAD_BYTES, REREAD_POSITIONS, active_buckets, row_buckets
+from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import make_planner
 from loramux.engine.gpu_running import GpuRunning
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
@@ -39,6 +39,7 @@ from loramux.engine.packing import (
 from loramux.engine.plan import AdapterLoad, Row, StepPlan
 from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
+from loramux.engine.singles import single_tokens
 from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up
 from loramux.kernels import AttentionBatch, WorkList, take_tokens
@@ -67,6 +68,7 @@ class GpuRunner(Runner):
         self._lora_stream = self._side_stream()
         self._graph_width = -(-pool_rank(config.lora, self._deal) // 16) * 16 if config.lora else 0
         self._logits_place: SharedLogits | None = None
+        self._most_positions = min(REREAD_POSITIONS, REREAD_BYTES // facts.kv_bytes_per_token)
         needs = self._plan.needs
         with self._taking("workspace", needs.workspace):
             self._make_buffers()
@@ -77,6 +79,7 @@ class GpuRunner(Runner):
             self._chooser = self._make_chooser(facts)
         with self._taking("graphs", needs.graphs):
             self._graphs = self._capture()
+            self._largest_graph = self._graphs.sizes[-1] if self._graphs else 0
         if self._on_gpu:
             with self._taking("activations", needs.activations):
                 self.warm_up()
@@ -89,10 +92,10 @@ class GpuRunner(Runner):
         rows: Sequence[Row] = plan.rows
         runs = runs_of(rows)
         choice = self._choose_lora(runs, plan.num_tokens)
-        captured = self._find_graph(rows, runs, choice)
-        if captured is not None:
-            output, count = self._replay(rows, captured[0], captured[1], choice), len(rows)
-            output = StepOutput(output.logits[:count], output.greedy[:count], output.ids[:count])
+        singles = single_tokens(rows, self.block_size, self._largest_graph, self._most_positions)
+        captured = None if singles is None else self._find_graph(singles, runs, choice)
+        if singles is not None and captured is not None:
+            output = self._replay(singles, *captured, choice)
         else:
             rows = decodes_first(rows)
             output = self._run_eagerly(rows, choice)
@@ -149,8 +152,7 @@ class GpuRunner(Runner):
         self, rows: Sequence[Row], runs: Sequence[Run], choice: LoRAChoice | None
     ) -> tuple[GraphKey, Captured] | None:
         graphs = self._graphs
-        # A graph keeps every row: the last token but one of a prompt, computed alone, is none.
-        if graphs is None or any(len(row.token_ids) != 1 or not row.sample for row in rows):
+        if graphs is None:
             return None
         size = graphs.size_for(len(rows))
         if size is None or not self._decode.fits(rows):
@@ -177,7 +179,10 @@ class GpuRunner(Runner):
         self._plan_decode(packed, host, key.tokens)
         packed.send(host, shape.words)
         captured.graph.replay()
-        return captured.output
+        count = sum(row.sample is not None for row in rows)
+        if count == len(rows):
+            return captured.output.take(slice(count))
+        return captured.output.take(packed.view(packed.device, "keep")[:count].long())
 
     def _plan_decode(self, packed: PackedStep, host: torch.Tensor, count: int) -> None:
         if self._planner is not None:
@@ -216,7 +221,7 @@ class GpuRunner(Runner):
     def _capture(self) -> DecodeGraphs | None:
         if not self._on_gpu or self.config.enforce_eager:
             return None
-        sizes = sizes_to_capture(self.config.cudagraph_capture_sizes, self.config.max_num_seqs)
+        sizes = captured_sizes(self.config)
         graphs = DecodeGraphs(sizes, self._prepare_capture, self._forward_captured)
         start = time.perf_counter()
         graphs.capture_all(self._graph_keys(sizes))
@@ -383,10 +388,11 @@ class GpuRunner(Runner):
         sequences = config.max_num_seqs
         pages = sequences * (self._blocks_per_sequence + 1)
         members = sequences * (config.lora.max_loras if config.lora else 1)
-        largest = max(sizes_to_capture(config.cudagraph_capture_sizes, sequences))
+        largest = max(captured_sizes(config))
         # Compositions are mostly short; a step with more members in all runs without a graph.
         few = min(members, MEMBERS_A_ROW * largest)
-        self._decode = PackedStep(Capacity(largest, largest, few, pages), self._device)
+        room = pages + largest + REREAD_POSITIONS // self.block_size
+        self._decode = PackedStep(Capacity(largest, largest, few, room), self._device)
         tokens = max(config.max_num_batched_tokens, sequences)
         self._mixed = PackedStep(Capacity(tokens, sequences, members, pages), self._device)
         self._chosen = torch.zeros(max(largest, sequences), dtype=torch.int64, device=self._device)

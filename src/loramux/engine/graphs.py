@@ -1,4 +1,4 @@
-"""Decode steps captured once and replayed: one launch instead of hundreds.
+"""Small steps captured once and replayed: one launch instead of hundreds.
 
 A graph is right for every step that its key covers, whatever adapters are in it: what differs from
 step to step is read from the packed buffer on the device. Keys are few: batch sizes, times how many
@@ -40,6 +40,10 @@ class StepOutput:
     logits: torch.Tensor
     greedy: torch.Tensor
     ids: torch.Tensor
+
+    def take(self, rows: slice | torch.Tensor) -> StepOutput:
+        """Those rows [B], of a step that kept every token."""
+        return StepOutput(self.logits[rows], self.greedy[rows], self.ids[rows])
 
 
 @dataclass(frozen=True, slots=True)

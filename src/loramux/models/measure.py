@@ -9,13 +9,14 @@ import torch
 
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.facts import Widths
+from loramux.config.graphs import GPU_STEP
+from loramux.config.memory import captured_sizes
 from loramux.kernels.flashinfer_sizes import Shape, workspace_bytes
 from loramux.layers.linear import MergedLinear
 from loramux.models.attach import Attached
 from loramux.models.device_memory import DeviceMemory
 
 NUM_PROCESSORS = 132  # of an H100 or H200, where the GPU is not there to be asked
-DEFAULT_STEP = 8192  # tokens, as `resolve` has it for GPUs
 
 
 def measure(
@@ -104,11 +105,11 @@ def _attention_bytes(attached: Attached, config: EngineConfig) -> int:
     assert first.key_shape is not None
     shape = Shape(
         *(first.num_heads, *first.key_shape),
-        max_batch=config.max_num_seqs,
+        max_batch=max(config.max_num_seqs, *captured_sizes(config)),
         num_sms=_num_processors(attached.device),
     )
     kinds = len({attention.kind for attention in attached.attentions})
-    tokens = max(config.max_num_batched_tokens or DEFAULT_STEP, config.max_num_seqs)
+    tokens = max(config.max_num_batched_tokens or GPU_STEP, config.max_num_seqs)
     lists = shape.prefill_bytes(config.max_num_seqs, tokens)
     return workspace_bytes(shape, kinds) + kinds * (1 << (lists - 1).bit_length())
 

@@ -1,0 +1,50 @@
+"""Bytes of a file into memory, by several threads: one core copies far less than a machine can."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+PIECE = 8 << 20  # bytes: long beside handing it to a thread
+MOST_READERS = 4
+CORES_A_READER = 2  # the others compute
+
+
+class FileChanged(OSError):
+    """The file is not the one that was checked, or it is written to while it is read."""
+
+
+def read_into(file: int, start: int, view: memoryview) -> None:
+    """Fill `view` with the bytes from `start` on of the open file descriptor `file`.
+
+    The lock of the interpreter is free meanwhile. Raises FileChanged where the file ends too early,
+    or another OSError."""
+    readers = _readers()
+    if readers is None or len(view) <= PIECE:
+        _read(file, start, view)
+        return
+    pieces = range(0, len(view), PIECE)
+    # All of them end before this returns or raises: what they fill may be used again afterwards.
+    reads = [readers.submit(_read, file, start + at, view[at : at + PIECE]) for at in pieces]
+    errors = [error for read in reads if (error := read.exception()) is not None]
+    if errors:
+        raise errors[0]
+
+
+def _read(file: int, start: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], start + done)
+        if not count:
+            raise FileChanged("it ends too early")
+        done += count
+
+
+@cache
+def _readers() -> ThreadPoolExecutor | None:
+    """The threads, or None where the cores are too few for more than one."""
+    here = hasattr(os, "sched_getaffinity")  # not on every system
+    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+    count = min(MOST_READERS, cores // CORES_A_READER)
+    return ThreadPoolExecutor(count, thread_name_prefix="adapter-bytes") if count > 1 else None

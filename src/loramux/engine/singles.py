@@ -1,0 +1,59 @@
+"""Small steps with prompts in them, as steps that a decode graph serves.
+
+    prompt  a b c at 0        a: 1 position    b: 2 positions    c: 3 positions
+    decode  d at 40     ──>   d: 41 positions
+
+A captured step has a sequence for each token. A token of a prompt can be one: keys and values of all
+tokens of a step are written before a layer's attention reads any, and a token attends to the
+positions up to its own. What that costs is reading a prompt's positions once a token, so it is for
+short prompts and for the ends of long ones, whose steps would otherwise take as long as launching
+hundreds of kernels does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loramux.engine.plan import Row
+
+
+def single_tokens(
+    rows: Sequence[Row], block_size: int, most_tokens: int, most_positions: int
+) -> Sequence[Row] | None:
+    """`rows` with a row for each token, in the same order; the last one of a prompt samples for it.
+
+    None where that is more than `most_tokens` rows, or where the tokens of prompts attend to more
+    than `most_positions` positions together.
+    """
+    counts = [len(row.token_ids) for row in rows]
+    if sum(counts) > most_tokens:
+        return None
+    if max(counts, default=0) <= 1:
+        return rows
+    long = [row for row in rows if len(row.token_ids) > 1]
+    if sum(_positions(row) for row in long) > most_positions:
+        return None
+    return [single for row in rows for single in _cut(row, block_size)]
+
+
+def _positions(row: Row) -> int:
+    """Positions that the row's tokens attend to, each token's counted on its own."""
+    count = len(row.token_ids)
+    return count * row.start + count * (count + 1) // 2
+
+
+def _cut(row: Row, block_size: int) -> list[Row]:
+    last = len(row.token_ids) - 1
+    if not last:
+        return [row]
+    return [
+        Row(
+            row.sequence_id,
+            (token,),
+            row.start + place,
+            row.block_table[: (row.start + place) // block_size + 1],
+            row.members,
+            row.sample if place == last else None,
+        )
+        for place, token in enumerate(row.token_ids)
+    ]
