@@ -40,12 +40,15 @@ def test_workspaces_hold_the_lists_and_partial_results(
 ) -> None:
     """By the layouts in FlashInfer's scheduler: it raises in the middle of a step if one is short."""
     sms = 132
-    shape = Shape(*heads, head_dim, batch, sms)
+    shape = Shape(*heads, head_dim, batch, 1024, sms)
     pieces = 2 * sms // heads[1]
     tile = _tile(shape.group, head_dim)
     tiles = max(pieces, -(-batch * shape.group // tile) + batch - 1)
     assert shape.float_bytes() >= heads[0] * tiles * tile * (head_dim + 1) * 4
     assert shape.decode_bytes() >= 13 * tiles + 8 * (batch + 1) + 6 * 16
+    # A captured step of 1,024 rows, whose work is not cut: three words a tile.
+    whole = max(pieces, -(-1024 * shape.group // tile) + 1023)
+    assert shape.decode_bytes() >= 12 * whole + 4 * 1025 + 6 * 16
     for queries in (1, 5, 60, 129, 1000):
         rows, packed = batch * queries, queries * shape.group
         tile = _tile(packed, head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from loramux.engine.plan import PENDING, Row, SampleSpec
-from loramux.engine.singles import single_tokens
+from loramux.engine.singles import LONGEST_WHOLE, Limits, single_tokens
 from loramux.types import SamplingParams
 
 SAMPLE = SampleSpec(SamplingParams(temperature=0), seed=0, position=0)
@@ -18,18 +18,22 @@ def row(number: int, count: int, start: int = 0, sample: SampleSpec | None = SAM
     return Row(number, tuple(range(count)), start, blocks, members, sample)
 
 
+def limits(tokens: int, positions: int, cut: int = 1000) -> Limits:
+    return Limits(tokens, positions, cut)
+
+
 def test_decodes_are_left_alone() -> None:
     rows = [row(0, 1, 9), Row(1, (PENDING,), 7, (1, 2), (), SAMPLE)]
-    assert single_tokens(rows, BLOCK, 2, 0) is rows
-    assert single_tokens(rows, BLOCK, 1, 0) is None
-    assert single_tokens([], BLOCK, 2, 0) == []
+    assert single_tokens(rows, BLOCK, limits(2, 0)) is rows
+    assert single_tokens(rows, BLOCK, limits(1, 0)) is None
+    assert single_tokens([], BLOCK, limits(2, 0)) == []
 
 
 def test_every_token_stands_where_it_stood() -> None:
     rng = random.Random(3)
     rows = [row(i, rng.randint(1, 9), rng.randint(0, 20)) for i in range(12)]
     rows += [row(12, 5, 3, sample=None)]
-    singles = single_tokens(rows, BLOCK, 200, 10_000)
+    singles = single_tokens(rows, BLOCK, limits(200, 10_000))
     assert singles is not None and all(len(single.token_ids) == 1 for single in singles)
     place = 0
     for whole in rows:
@@ -47,6 +51,13 @@ def test_every_token_stands_where_it_stood() -> None:
 
 def test_prompts_that_would_be_read_too_often_are_refused() -> None:
     rows = [row(0, 1, 50), row(1, 4, 10)]  # 11 + 12 + 13 + 14 positions; the decode's do not count
-    assert single_tokens(rows, BLOCK, 5, 50) is not None
-    assert single_tokens(rows, BLOCK, 5, 49) is None
-    assert single_tokens(rows, BLOCK, 4, 50) is None
+    assert single_tokens(rows, BLOCK, limits(5, 50)) is not None
+    assert single_tokens(rows, BLOCK, limits(5, 49)) is None
+    assert single_tokens(rows, BLOCK, limits(4, 50)) is None
+
+
+def test_a_long_context_is_not_left_to_one_program() -> None:
+    rows = [row(0, 1, LONGEST_WHOLE), row(1, 4)]
+    assert single_tokens(rows, BLOCK, limits(5, 50, cut=5)) is not None
+    assert single_tokens(rows, BLOCK, limits(5, 50, cut=4)) is None
+    assert single_tokens(rows[1:], BLOCK, limits(5, 50, cut=3)) is not None

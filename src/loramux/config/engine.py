@@ -92,8 +92,8 @@ class EngineConfig(BaseModel):
     """Launch every kernel of a step on its own instead of replaying CUDA graphs."""
 
     cudagraph_capture_sizes: list[int] | None = None
-    """Sizes in tokens, 1 to 512, of the steps that are captured as CUDA graphs at start; default: up
-    to 512, close together where they are small. Larger steps run without."""
+    """Sizes in tokens, 1 to 1024, of the steps that are captured as CUDA graphs at start; default: up
+    to 1024, close together where a step has one token of each sequence. Larger steps run without."""
 
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, instead of the tokenizer's."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-LARGEST = 512  # tokens; launching the kernels of larger steps hides behind their work
+LARGEST = 1024  # tokens; launching the kernels of larger steps hides behind their work
+LARGEST_DECODE = 512  # sequences that decode together, with a size close to every number of them
 GPU_STEP = 8192  # tokens of the largest step on a GPU, if nothing else is asked for
-REREAD_POSITIONS = 1 << 17  # see `engine/singles.py`
-REREAD_BYTES = 16 << 30
-PROMPT_SIZES = (16, 32, 64, 128, 256, 384, LARGEST)
+REREAD_POSITIONS = 1 << 19  # see `engine/singles.py`
+REREAD_BYTES = 40 << 30  # out of the L2 cache mostly: about 12 ms on an H100
+PROMPT_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, LARGEST)
 
 
 def graph_sizes(sequences: int, tokens: int) -> list[int]:
     """Tokens of steps worth a graph, of up to `tokens` tokens: close together where a step can be one
     token of each of up to `sequences` sequences, far apart where prompts are in it."""
-    most = min(sequences, tokens, LARGEST)
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, LARGEST + 1, 32)]
+    most = min(sequences, tokens, LARGEST_DECODE)
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, most, 32)]
     decode = {size for size in sizes if size < most} | {most}
     return sorted(decode | {size for size in PROMPT_SIZES if most < size <= tokens})
 

@@ -245,6 +245,7 @@ def _graph_bytes(config: EngineConfig, facts: ModelFacts) -> int:
     sizes = captured_sizes(config)
     largest = max(sizes)
     # Only the fused forward can leave its logits in one place for all.
-    rows = largest if widths.fused else sum(sizes) * count // len(sizes)
+    kept = [min(size, config.max_num_seqs) for size in sizes]
+    rows = max(kept) if widths.fused else sum(kept) * count // len(kept)
     logits = rows * widths.vocab * widths.itemsize
     return count * GRAPH_BYTES + _layer_bytes(largest, config.lora, facts) + logits

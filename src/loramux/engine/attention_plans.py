@@ -33,8 +33,9 @@ def make_planner(
     return FlashInferPlanner(
         *(device, first.num_heads, *first.key_shape, block_size, dtype),
         kinds=[attention.kind for attention in attentions],
-        max_batch=max(decode.capacity.sequences, mixed.capacity.sequences),
+        max_batch=mixed.capacity.sequences,
         max_blocks=decode.capacity.pages,
+        max_rows=decode.capacity.sequences,
         buffers=_buffers(decode),
         prefill_buffers=_buffers(mixed),
     )

@@ -39,7 +39,7 @@ from loramux.engine.packing import (
 from loramux.engine.plan import AdapterLoad, Row, StepPlan
 from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
-from loramux.engine.singles import single_tokens
+from loramux.engine.singles import Limits, single_tokens
 from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up
 from loramux.kernels import AttentionBatch, WorkList, take_tokens
@@ -68,7 +68,6 @@ class GpuRunner(Runner):
         self._lora_stream = self._side_stream()
         self._graph_width = -(-pool_rank(config.lora, self._deal) // 16) * 16 if config.lora else 0
         self._logits_place: SharedLogits | None = None
-        self._most_positions = min(REREAD_POSITIONS, REREAD_BYTES // facts.kv_bytes_per_token)
         needs = self._plan.needs
         with self._taking("workspace", needs.workspace):
             self._make_buffers()
@@ -79,7 +78,9 @@ class GpuRunner(Runner):
             self._chooser = self._make_chooser(facts)
         with self._taking("graphs", needs.graphs):
             self._graphs = self._capture()
-            self._largest_graph = self._graphs.sizes[-1] if self._graphs else 0
+            positions = min(REREAD_POSITIONS, REREAD_BYTES // facts.kv_bytes_per_token)
+            largest = self._graphs.sizes[-1] if self._graphs else 0
+            self._limits = Limits(largest, positions, cut=config.max_num_seqs)
         if self._on_gpu:
             with self._taking("activations", needs.activations):
                 self.warm_up()
@@ -92,7 +93,7 @@ class GpuRunner(Runner):
         rows: Sequence[Row] = plan.rows
         runs = runs_of(rows)
         choice = self._choose_lora(runs, plan.num_tokens)
-        singles = single_tokens(rows, self.block_size, self._largest_graph, self._most_positions)
+        singles = single_tokens(rows, self.block_size, self._limits)
         captured = None if singles is None else self._find_graph(singles, runs, choice)
         if singles is not None and captured is not None:
             output = self._replay(singles, *captured, choice)
@@ -164,6 +165,7 @@ class GpuRunner(Runner):
         else:
             active = sum(1 for run in runs if run.members)
             key = GraphKey(size, True, choice.base_rows, self._active_bucket(active, size))
+        key = key.keeping(self.config.max_num_seqs)
         captured = graphs.get(key)
         return None if captured is None else (key, captured)
 
@@ -180,7 +182,7 @@ class GpuRunner(Runner):
         packed.send(host, shape.words)
         captured.graph.replay()
         count = sum(row.sample is not None for row in rows)
-        if count == len(rows):
+        if count == len(rows) or key.kept is not None:
             return captured.output.take(slice(count))
         return captured.output.take(packed.view(packed.device, "keep")[:count].long())
 
@@ -205,7 +207,8 @@ class GpuRunner(Runner):
             lora = self._lora_step(packed, bound, step, key.base_rows, self._graph_width)
         lists = (list(range(count + 1)), [1] * count)
         attention = self._attention_batch(packed, count, 1, lists, self._blocks_per_sequence)
-        return self._forward(packed, count, None, attention, lora, self._shared_logits(count))
+        out = self._shared_logits(count if key.kept is None else key.kept)
+        return self._forward(packed, count, key.kept, attention, lora, out)
 
     def _shared_logits(self, count: int) -> torch.Tensor | None:
         if self.decoder is None:
@@ -213,7 +216,7 @@ class GpuRunner(Runner):
         if self._logits_place is None:  # once: graphs hold its address
             model, head = self.attached.model, self.decoder.head
             self._logits_place = SharedLogits(
-                *(self._decode.capacity.tokens, int(head.out_features)),  # type: ignore[arg-type]
+                *(self.config.max_num_seqs, int(head.out_features)),  # type: ignore[arg-type]
                 *(model.dtype, self._device),
             )
         return self._logits_place.first(count)  # [count, V]
@@ -240,7 +243,7 @@ class GpuRunner(Runner):
                 for bound in [0, *bounds]
                 if bound <= size
             ]
-        return keys
+        return [key.keeping(self.config.max_num_seqs) for key in keys]
 
     # --- other steps ---------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import bisect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,18 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class GraphKey:
     """What is fixed in a graph. `active` bounds the compositions with adapters; with `adapters`
-    False there are none and their kernels are not in the graph."""
+    False there are none and their kernels are not in the graph. `kept` are the rows that logits are
+    made of, those that the step keeps first; None: all."""
 
     tokens: int
     adapters: bool = False
     base_rows: int = 0
     active: int = 0
+    kept: int | None = None
+
+    def keeping(self, most: int) -> GraphKey:
+        """The same of steps that keep at most so many rows."""
+        return replace(self, kept=most if self.tokens > most else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
 CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
 # Rows that a LoRA program takes together: B is read once. Steps of up to so many tokens: that many.
-CHUNKS = ((64, 8), (512, 16))
+CHUNKS = ((64, 8), (1024, 16))
 FEWEST_DECODES = 4  # in a mixed step: fewer are not worth kernels of their own
 LARGE_CHUNK = 64  # of larger steps, which no graph captures
 
@@ -208,6 +208,7 @@ def fill(
     pages = int(arrays["page_starts"][len(rows)])
     count = len(rows)
     if pad_to > count:
+        arrays["keep"][kept:count] = 0  # a graph that keeps fewer rows than tokens looks at these
         _pad(arrays, tokens, count, pages, pad_to)
         pages += pad_to - count
         tokens, count, kept = pad_to, pad_to, pad_to

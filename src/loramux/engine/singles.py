@@ -13,25 +13,39 @@ hundreds of kernels does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loramux.engine.plan import Row
 
+LONGEST_WHOLE = 8192  # positions that one program may read alone without holding up a step
 
-def single_tokens(
-    rows: Sequence[Row], block_size: int, most_tokens: int, most_positions: int
-) -> Sequence[Row] | None:
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a captured step may be."""
+
+    tokens: int
+    positions: int
+    """That the tokens of prompts attend to, each token's counted on its own."""
+
+    cut: int
+    """Tokens up to which attention cuts the work of one token among many programs. In larger steps
+    a token that attends to more than `LONGEST_WHOLE` positions would be waited for."""
+
+
+def single_tokens(rows: Sequence[Row], block_size: int, limits: Limits) -> Sequence[Row] | None:
     """`rows` with a row for each token, in the same order; the last one of a prompt samples for it.
 
-    None where that is more than `most_tokens` rows, or where the tokens of prompts attend to more
-    than `most_positions` positions together.
-    """
+    None where that would be beyond the limits."""
     counts = [len(row.token_ids) for row in rows]
-    if sum(counts) > most_tokens:
+    if sum(counts) > limits.tokens:
+        return None
+    if sum(counts) > limits.cut and any(row.start >= LONGEST_WHOLE for row in rows):
         return None
     if max(counts, default=0) <= 1:
         return rows
     long = [row for row in rows if len(row.token_ids) > 1]
-    if sum(_positions(row) for row in long) > most_positions:
+    if sum(_positions(row) for row in long) > limits.positions:
         return None
     return [single for row in rows for single in _cut(row, block_size)]
 

@@ -151,15 +151,18 @@ class FlashInferPlanner:
         kinds: Iterable[Kind],
         max_batch: int,
         max_blocks: int,
+        max_rows: int = 0,
         buffers: PlanBuffers | None = None,
         prefill_buffers: PlanBuffers | None = None,
     ):
-        """`buffers`: views that the caller fills; `prefill_buffers`: others for prefill plans."""
+        """`max_rows`: the largest captured step, if it is larger than `max_batch`; `buffers`: views that
+        the caller fills; `prefill_buffers`: others for prefill plans."""
         self._library = importlib.import_module("flashinfer")
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._shape = Shape(num_heads, num_kv_heads, head_dim, max_batch, sms)
+        most = max(max_batch, max_rows)
+        self._shape = Shape(num_heads, num_kv_heads, head_dim, max_batch, most, sms)
         self._device, self._dtype, self._block_size = device, dtype, block_size
-        self.buffers = buffers or PlanBuffers.allocate(max_batch, max_blocks, device)
+        self.buffers = buffers or PlanBuffers.allocate(most, max_blocks, device)
         self.prefill_buffers = prefill_buffers or self.buffers
         # Layers follow one another on one stream, so all of them can keep partial results here.
         self._floats = torch.zeros(self._shape.float_bytes(), dtype=torch.uint8, device=device)
@@ -169,8 +172,8 @@ class FlashInferPlanner:
             for kind in dict.fromkeys(kinds)
         }
         self._ring = _HostRing(4 * len(self._lanes), size)
-        self._ramp = torch.arange(max_batch + 1, dtype=torch.int32)  # [max_batch+1]
-        self._device_ramp = self._ramp.to(device)  # [max_batch+1]
+        self._ramp = torch.arange(most + 1, dtype=torch.int32)  # [max_rows+1]
+        self._device_ramp = self._ramp.to(device)  # [max_rows+1]
         self._like = torch.empty(0, dtype=dtype)
         self._decodes = self._rows = 0  # rows of the step planned last
 
@@ -227,9 +230,14 @@ class FlashInferPlanner:
         wrapper._pin_memory_int_workspace_buffer = host
         wrapper.plan(
             *(step.kv_indptr, self._ramp[:0], step.last_page_len, *self._geometry()),
+            disable_split_kv=self._whole(step.batch_size),
             **self._options(lane),
         )
         return wrapper
+
+    def _whole(self, batch_size: int) -> bool:
+        """Whether the work of a sequence is not cut, for which there is no room and no need."""
+        return self._shape.tensor_cores and batch_size > self._shape.max_batch
 
     def _decode_lists(
         self, lane: _Lane, wrapper: Any, host: torch.Tensor, step: _Step, graph: bool
@@ -239,7 +247,8 @@ class FlashInferPlanner:
         if self._shape.tensor_cores:  # the prefill kernel with one row each and nothing masked
             return wrapper._cached_module.plan(
                 *(*spaces, step.qo_indptr, step.kv_indptr, step.lengths, count, count),
-                *(*heads, block_size, graph, dim, dim, False, lane.window_left, -1, False, 0),
+                *(*heads, block_size, graph, dim, dim, False, lane.window_left),
+                *(-1, self._whole(count), 0),
             )
         return wrapper._cached_module.plan(
             *(*spaces, step.kv_indptr, count, *heads, block_size, graph),

@@ -17,6 +17,11 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     max_batch: int
+    """The most sequences whose work may be cut into pieces."""
+
+    max_rows: int
+    """The largest captured step; larger ones than `max_batch` are not cut, they are pieces enough."""
+
     num_sms: int
 
     @property
@@ -36,13 +41,13 @@ class Shape:
         tiles = -(-self.max_batch * self.group // tile) + self.max_batch
         decode, prefill = max(pieces, tiles) * tile, pieces * widest
         # Decode without tensor cores: a piece per resident block, at most 32 of them on a processor.
-        plain = 32 * self.num_sms // self.num_kv_heads + self.max_batch
+        plain = 32 * self.num_sms // self.num_kv_heads + max(self.max_batch, self.max_rows)
         rows = max(decode, prefill, plain)
         return max(FLOAT_WORKSPACE, rows * self.num_heads * (self.head_dim + 1) * 4 + 4096)
 
     def decode_bytes(self) -> int:
         """Lists of a decode plan: 13 bytes a tile and 8 a sequence, less than this."""
-        return (64 << 10) + 16 * 32 * self.num_sms + 64 * self.max_batch
+        return (64 << 10) + 16 * 32 * self.num_sms + 64 * max(self.max_batch, self.max_rows)
 
     def prefill_bytes(self, batch_size: int, rows: int) -> int:
         """Lists of a prefill plan: FA3 has 7 words per tile of 128 rows and head, FA2 a word per

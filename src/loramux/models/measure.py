@@ -105,7 +105,8 @@ def _attention_bytes(attached: Attached, config: EngineConfig) -> int:
     assert first.key_shape is not None
     shape = Shape(
         *(first.num_heads, *first.key_shape),
-        max_batch=max(config.max_num_seqs, *captured_sizes(config)),
+        max_batch=config.max_num_seqs,
+        max_rows=max(captured_sizes(config)),
         num_sms=_num_processors(attached.device),
     )
     kinds = len({attention.kind for attention in attached.attentions})
