@@ -110,7 +110,7 @@ class Engine:
         self._stopped = False
         self.team = started.team
         if self.team is not None:
-            self.team.on_lost.append(lambda: self.inbox.post(lambda: None))  # wakes the loop
+            self.team.when_lost(lambda _: self.inbox.post(lambda: None))  # wakes the loop
 
     # --- requests, from any thread -------------------------------------------------------------
 

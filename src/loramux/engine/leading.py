@@ -42,7 +42,8 @@ class LeadingRunning:
     def read(self) -> StepResult:
         """Of rank 0, which chooses. Raises EngineStopped when a rank is lost."""
         try:
-            result = self.running.read()
+            with self.team.watch.waiting():
+                result = self.running.read()
         except Exception as error:
             raise self.team.fail(error) from error
         if self.team.lost is not None:  # what came out may be half a sum
@@ -62,11 +63,12 @@ class LeadingRunner:
 
     def launch(self, plan: StepPlan) -> Running:
         """See `Runner.launch`. Raises EngineStopped whatever went wrong: the ranks have parted."""
-        self._team.send(plan)
-        try:
-            return LeadingRunning(self._runner.launch(plan), self._team)
-        except Exception as error:
-            raise self._team.fail(error) from error
+        with self._team.watch.waiting():
+            self._team.send(plan)
+            try:
+                return LeadingRunning(self._runner.launch(plan), self._team)
+            except Exception as error:
+                raise self._team.fail(error) from error
 
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         """See `Runner.load`: on every rank, or the error of one that could not."""
