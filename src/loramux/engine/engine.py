@@ -287,6 +287,7 @@ class Engine:
             getattr(torch, lora.lora_dtype),
             reserved_names=self.config.model_names,
             on_gone=lambda digest: self.inbox.post(partial(self._gone, digest)),
+            rehearse=self.runner.rehearse,
         )
 
     def _make_loads(self) -> AdapterLoads | None:

@@ -154,7 +154,11 @@ class Follower:
                 self._progress.wait_for(lambda: self._launched >= after)
             self._writing_since = time.monotonic()
             buffer = from_file(file, message.num_bytes)  # [bytes] uint8
-            runner.load(message.load, AdapterWeights(message.load.ref, buffer, message.source))
+            weights = AdapterWeights(message.load.ref, buffer, message.source)
+            if message.rehearsal:
+                runner.rehearse(weights)
+            else:
+                runner.load(message.load, weights)
         except Exception as error:
             logger.exception("loading adapter %r failed", message.load.ref.name)
             failure = _sendable(error)

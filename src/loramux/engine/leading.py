@@ -74,6 +74,11 @@ class LeadingRunner:
         """See `Runner.load`: on every rank, or the error of one that could not."""
         self._team.load(load, weights, partial(self._runner.load, load, weights))
 
+    def rehearse(self, weights: AdapterWeights) -> None:
+        """See `Runner.rehearse`: on every rank, or the error of one that could not."""
+        load = AdapterLoad(weights.ref, 0)
+        self._team.load(load, weights, partial(self._runner.rehearse, weights), rehearsal=True)
+
 
 MakeRunner = Callable[[Attached, EngineConfig, ModelFacts], Runner]
 

@@ -60,6 +60,7 @@ class Load:
     load: AdapterLoad
     source: AdapterSource
     num_bytes: int
+    rehearsal: bool  # write nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,8 +151,15 @@ class Team:
         except OSError as error:
             raise self.explain(error) from error
 
-    def load(self, load: AdapterLoad, weights: AdapterWeights, own: Callable[[], None]) -> None:
-        """Write an adapter on every rank; `own` writes rank 0's. Returns when all have.
+    def load(
+        self,
+        load: AdapterLoad,
+        weights: AdapterWeights,
+        own: Callable[[], None],
+        *,
+        rehearsal: bool = False,
+    ) -> None:
+        """Write an adapter on every rank, or rehearse it; `own` does rank 0's. Returns when all have.
 
         Raises what one of them failed with: the rows then hold it nowhere."""
         number = next(self._numbers)
@@ -161,7 +168,8 @@ class Team:
             self._loading[number] = loading
         try:
             with in_file(weights.buffer) as file:
-                message = Load(number, load, weights.source, weights.buffer.numel())
+                size = weights.buffer.numel()
+                message = Load(number, load, weights.source, size, rehearsal)
                 self.send(message, file)
             try:
                 own()
