@@ -39,7 +39,7 @@ from loramux.engine.link import (
 )
 from loramux.engine.plan import StepPlan
 from loramux.engine.runner import Runner
-from loramux.errors import EngineError, LoramuxError
+from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.models.loader import load_model
 from loramux.parallel import ALONE, Group, join
 
@@ -97,7 +97,10 @@ class Follower:
         try:
             self._follow(self._prepare(start))
         finally:
-            self._left.set()
+            with self._progress:
+                self._left.set()
+                self._progress.notify_all()
+            self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _follow(self, runner: Runner) -> None:
         threading.Thread(target=self._read, args=(runner,), daemon=True).start()
@@ -151,7 +154,9 @@ class Follower:
         failure: Exception | None = None
         try:
             with self._progress:
-                self._progress.wait_for(lambda: self._launched >= after)
+                self._progress.wait_for(lambda: self._launched >= after or self._left.is_set())
+            if self._left.is_set():
+                raise EngineStopped("the rank is leaving")
             self._writing_since = time.monotonic()
             buffer = from_file(file, message.num_bytes)  # [bytes] uint8
             weights = AdapterWeights(message.load.ref, buffer, message.source)
