@@ -237,6 +237,16 @@ ALONE = Group()
 """The group of an engine with one rank."""
 
 
+class PlannedGroup(Group):
+    """Rank 0 of ranks that are not there, for tensors on the meta device: only shapes come out."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(self.size, *tensor.shape)  # [size, ...]
+
+
 def join(store_path: str, rank: int, size: int, device: torch.device, *, shared: bool) -> Group:
     """Meet the other ranks over the file `store_path`; waits for all of them.
 

@@ -14,7 +14,6 @@ from loramux.config import EngineConfig, LoRAConfig
 from loramux.engine import service
 from loramux.engine.leading import LeadingRunning
 from loramux.engine.plan import StepResult
-from loramux.engine.plan_start import plan_before_start
 from loramux.engine.runner import Runner
 from loramux.engine.service import AsyncEngine
 from loramux.errors import AdapterLoadFailed, ConfigError, EngineError, EngineStopped
@@ -164,13 +163,6 @@ def test_a_model_that_cannot_be_cut_says_why(tmp_path: Path) -> None:
     model = save_model(tmp_path / "m", "llama", num_attention_heads=4, num_key_value_heads=2)
     with pytest.raises(ConfigError, match=r"4 heads cannot be dealt out evenly to 3 ranks"):
         LLM(str(model), device="cpu", tensor_parallel_size=3)
-
-
-def test_a_plan_before_the_start_of_ranks_is_refused(tiny_world: TinyWorld) -> None:
-    with pytest.raises(ConfigError, match="several ranks"):
-        plan_before_start(
-            EngineConfig(model=str(tiny_world.model), device="cpu", tensor_parallel_size=2)
-        )
 
 
 def test_one_rank_may_be_told_to_shard_fully(tiny_world: TinyWorld) -> None:

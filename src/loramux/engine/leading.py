@@ -119,17 +119,18 @@ def _start_with(team: Team, config: EngineConfig, make_runner: MakeRunner) -> St
 
 def agreed(facts: Sequence[ModelFacts]) -> ModelFacts:
     """Rank 0's facts with what is scarcest of memory on any rank. A CPU's is shared by all."""
-    first, sharing = facts[0], 1
-    if not first.on_gpu:
-        sharing = len(facts)
-    elif len({fact.device for fact in facts}) < len(facts):
-        sharing = -(-len(facts) // len({fact.device for fact in facts}))
+    ranks = sharing([fact.device for fact in facts])
     return replace(
-        first,
-        free_bytes=min(fact.free_bytes for fact in facts) // sharing,
-        total_bytes=min(fact.total_bytes for fact in facts) // sharing,
+        facts[0],
+        free_bytes=min(fact.free_bytes for fact in facts) // ranks,
+        total_bytes=min(fact.total_bytes for fact in facts) // ranks,
         weight_bytes=max(fact.weight_bytes for fact in facts),
     )
+
+
+def sharing(devices: Sequence[str]) -> int:
+    """How many ranks there are on one of their `devices`, at most."""
+    return -(-len(devices) // len(set(devices)))
 
 
 def rank_devices(config: EngineConfig) -> list[str]:
