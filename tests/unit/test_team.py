@@ -139,9 +139,9 @@ def test_a_load_that_fails_on_one_rank_fails_for_all(
 
 @pytest.mark.usefixtures("thread_ranks")
 def test_both_factors_fall_to_a_share(tiny_world: TinyWorld) -> None:
-    def bytes_of(size: int, fully: bool) -> tuple[int, int]:
+    def bytes_of(size: int, fully: bool, max_rank: int = 16) -> tuple[int, int]:
         settings = {"device": "cpu", "tensor_parallel_size": size, "fully_sharded_loras": fully}
-        limits = {"max_loras": 4, "max_lora_rank": 16}
+        limits = {"max_loras": 4, "max_lora_rank": max_rank}
         with LLM(str(tiny_world.model), enable_lora=True, **settings, **limits) as llm:
             sites = llm.engine.runner.attached.sites
             pools = [
@@ -154,6 +154,7 @@ def test_both_factors_fall_to_a_share(tiny_world: TinyWorld) -> None:
 
     a, b = bytes_of(1, False)
     assert bytes_of(2, True) == (a // 2, b // 2)
+    assert bytes_of(2, True, 15) == (a // 2, b // 2)  # 15 rank rows are 8 on each
     half_a, half_b = bytes_of(2, False)
     assert a // 2 < half_a < a and b // 2 < half_b < b
 
