@@ -59,6 +59,7 @@ def _answer_as_peft(case, **more: object) -> None:
         params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=2)
         outputs = llm.generate(prompts, params, lora_request=requests_for(paths, COMPOSITIONS))
         assert [o.outputs[0].token_ids for o in outputs] == expected
+        assert llm.engine.runner.attached.decoder is not None  # fused
         assert llm.engine.stats().device_evictions > 0
         llm.engine.check_integrity()
     for output, prompt, composition in zip(outputs, prompts, COMPOSITIONS, strict=True):

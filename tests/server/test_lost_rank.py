@@ -22,11 +22,27 @@ def _children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+HOWS = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+
+
+@HOWS
 def test_a_lost_rank_ends_the_server(tiny_world: TinyWorld, how: signal.Signals) -> None:
+    _lose_a_rank(tiny_world, how, "--device", "cpu")
+
+
+@pytest.mark.multigpu
+@HOWS
+@pytest.mark.parametrize("eager", [["--enforce-eager"], []], ids=["eager", "graphs"])
+def test_a_lost_rank_ends_the_server_under_nccl(
+    tiny_world: TinyWorld, how: signal.Signals, eager: list[str]
+) -> None:
+    """Whose collectives do not notice: they wait on the device."""
+    _lose_a_rank(tiny_world, how, "--device", "cuda", "--kv-cache-memory", "64MiB", *eager)
+
+
+def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None:
     model = str(tiny_world.model)
-    flags = ["--device", "cpu", "--port", "0", "--tensor-parallel-size", "2"]
-    flags += ["--rank-timeout-s", "3"]
+    flags = ["--port", "0", "--tensor-parallel-size", "2", "--rank-timeout-s", "3", *more]
     server = subprocess.Popen(
         [sys.executable, "-m", "loramux", "serve", model, *flags],
         stdout=subprocess.PIPE,

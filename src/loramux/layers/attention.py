@@ -68,8 +68,6 @@ class PagedAttention:
         assert slots is not None and attention is not None, (
             "attention outside a step. This is a bug."
         )
-        if not k.is_cuda:  # the packed steps of GPUs, run on a CPU, have int32
-            slots = slots.long()  # [T]
         write_kv(k, v, self.k_cache, self.v_cache, slots)
         out = paged_attention(
             q, self.k_cache, self.v_cache, attention, scaling, window=window, softcap=softcap
