@@ -351,9 +351,15 @@ def _plan(given: argparse.Namespace) -> int:
     from rich.console import Console
 
     from loramux.engine.memory_table import show
-    from loramux.engine.plan_start import plan_before_start
+    from loramux.engine.plan_start import other_pool_bytes, plan_before_start
 
-    show(plan_before_start(config, given.device_memory), Console())
+    console = Console()
+    show(plan_before_start(config, given.device_memory), console)
+    if (other := other_pool_bytes(config, given.device_memory)) is not None:
+        assert config.lora is not None
+        how = "Without" if config.lora.fully_sharded_loras else "With"
+        size = sizes.format_size(other)
+        console.print(f"{how} --fully-sharded-loras the adapter pool takes {size} a rank.")
     return 0
 
 

@@ -147,6 +147,8 @@ class Group:
         """`staged`: the tensors are on a GPU and the group's transport is not."""
         self.rank = rank
         self.size = size
+        self.entered = 0
+        """Collectives so far; a graph's count once, when it is captured."""
         self._group = process_group
         self._staged = staged
 
@@ -154,6 +156,7 @@ class Group:
         """The sum over all ranks, in place where `tensor` is contiguous."""
         if self.size == 1 or not tensor.numel():
             return tensor
+        self.entered += 1
         tensor = tensor.contiguous()
         moved = self._there(tensor)
         self._finish(self._group.allreduce([moved], _options("AllreduceOptions")))
@@ -163,6 +166,7 @@ class Group:
         """[...] of one shape on all ranks -> [size, ...]."""
         if self.size == 1 or not tensor.numel():
             return tensor.expand(self.size, *tensor.shape)
+        self.entered += 1
         mine = self._there(tensor.contiguous())
         flat = mine.new_empty(self.size * mine.numel())  # [size * ...]
         options = _options("AllgatherOptions")
@@ -183,6 +187,7 @@ class Group:
         """Overwrite a contiguous `tensor` with rank 0's."""
         if self.size == 1 or not tensor.numel():
             return
+        self.entered += 1
         moved = self._there(tensor)
         options = _options("BroadcastOptions")
         options.rootRank = 0
@@ -230,6 +235,16 @@ def _options(name: str) -> Any:
 
 ALONE = Group()
 """The group of an engine with one rank."""
+
+
+class PlannedGroup(Group):
+    """Rank 0 of ranks that are not there, for tensors on the meta device: only shapes come out."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(self.size, *tensor.shape)  # [size, ...]
 
 
 def join(store_path: str, rank: int, size: int, device: torch.device, *, shared: bool) -> Group:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 
 from loramux import LLM, SamplingParams
+from loramux.engine import engine, follower
+from loramux.engine.gpu_runner import GpuRunner
 from parity.oracle import assert_logprobs_equal, make_case, requests_for
 from ranks import thread_ranks  # noqa: F401
 
@@ -38,12 +40,26 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_answers_equal_peft(case, size: int, fully: bool) -> None:
+    _answer_as_peft(case, tensor_parallel_size=size, fully_sharded_loras=fully)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
+def test_the_packed_steps_of_gpus_equal_peft(case, monkeypatch, fully: bool) -> None:
+    """On CPUs, where nothing is captured, a step ahead."""
+    monkeypatch.setattr(engine, "make_runner", GpuRunner)
+    monkeypatch.setattr(follower, "make_runner", GpuRunner)
+    settings = {"tensor_parallel_size": 2, "fully_sharded_loras": fully}
+    _answer_as_peft(case, **settings, async_scheduling=True)
+
+
+def _answer_as_peft(case, **more: object) -> None:
     model, paths, prompts, expected, oracle = case
-    settings = SETTINGS | {"tensor_parallel_size": size, "fully_sharded_loras": fully}
-    with LLM(str(model), enable_lora=True, **settings) as llm:
+    with LLM(str(model), enable_lora=True, **SETTINGS, **more) as llm:
         params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=2)
         outputs = llm.generate(prompts, params, lora_request=requests_for(paths, COMPOSITIONS))
         assert [o.outputs[0].token_ids for o in outputs] == expected
+        assert llm.engine.runner.attached.decoder is not None  # fused
         assert llm.engine.stats().device_evictions > 0
         llm.engine.check_integrity()
     for output, prompt, composition in zip(outputs, prompts, COMPOSITIONS, strict=True):

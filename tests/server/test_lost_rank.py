@@ -1,4 +1,5 @@
-"""kill -9 one rank under load: every open request hears of it, and the server leaves with an error."""
+"""kill -9 or -STOP one rank under load: every open request hears of it, and the server leaves with an
+error."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tiny import TinyWorld
 
@@ -20,9 +22,27 @@ def _children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
-def test_kill_9_of_a_rank_ends_the_server(tiny_world: TinyWorld) -> None:
+HOWS = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+
+
+@HOWS
+def test_a_lost_rank_ends_the_server(tiny_world: TinyWorld, how: signal.Signals) -> None:
+    _lose_a_rank(tiny_world, how, "--device", "cpu")
+
+
+@pytest.mark.multigpu
+@HOWS
+@pytest.mark.parametrize("eager", [["--enforce-eager"], []], ids=["eager", "graphs"])
+def test_a_lost_rank_ends_the_server_under_nccl(
+    tiny_world: TinyWorld, how: signal.Signals, eager: list[str]
+) -> None:
+    """Whose collectives do not notice: they wait on the device."""
+    _lose_a_rank(tiny_world, how, "--device", "cuda", "--kv-cache-memory", "64MiB", *eager)
+
+
+def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None:
     model = str(tiny_world.model)
-    flags = ["--device", "cpu", "--port", "0", "--tensor-parallel-size", "2"]
+    flags = ["--port", "0", "--tensor-parallel-size", "2", "--rank-timeout-s", "3", *more]
     server = subprocess.Popen(
         [sys.executable, "-m", "loramux", "serve", model, *flags],
         stdout=subprocess.PIPE,
@@ -42,13 +62,15 @@ def test_kill_9_of_a_rank_ends_the_server(tiny_world: TinyWorld) -> None:
             time.sleep(0.5)
             begin = time.monotonic()
             (rank,) = _children(server.pid)
-            os.kill(rank, signal.SIGKILL)
+            os.kill(rank, how)
             streamed, *whole = (answer.result() for answer in answers)
         assert time.monotonic() - begin < 10
         assert '"code":"engine_stopped"' in streamed.text
         assert all(answer.status_code == 503 for answer in whole)
         _, errors = server.communicate(timeout=10)
         assert server.returncode not in (0, None) and "rank 1 of 2 is lost" in errors
+        assert ("no sign of life for 3 s" in errors) == (how == signal.SIGSTOP)
+        assert not Path(f"/proc/{rank}").exists()
     finally:
         server.kill()
         server.wait()

@@ -10,10 +10,13 @@ from transformers import LlamaConfig
 
 from loramux import LLM
 from loramux.cli import main
-from loramux.config import EngineConfig, LoRAConfig
+from loramux.config import EngineConfig, LoRAConfig, MemoryPlan
+from loramux.config.sizes import format_size
 from loramux.engine import plan_start
 from loramux.engine.plan_start import plan_before_start
+from loramux.models import loader
 from loramux.models.device_memory import DeviceMemory
+from ranks import thread_ranks  # noqa: F401
 from tiny import TinyWorld
 
 H200_BYTES = 150_110_011_392
@@ -75,6 +78,60 @@ def test_it_tells_what_the_start_then_finds(
     assert planned.kv_bytes_per_token == found.kv_bytes_per_token
     # Its tables of angles are computed anew, and small buffers of the model's own go with them.
     assert abs(planned.weight_bytes - found.weight_bytes) <= 0.01 * found.weight_bytes
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
+@pytest.mark.parametrize("size", [2, 4], ids=["KV heads dealt out", "KV heads on several ranks"])
+def test_it_tells_what_each_of_several_ranks_then_finds(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, size: int, fully: bool
+) -> None:
+    monkeypatch.setattr(plan_start, "device_memory", lambda device: DeviceMemory(1 << 30))
+    monkeypatch.setattr(loader, "device_memory", lambda device: DeviceMemory(1 << 30))
+    settings = {"device": "cpu", "kv_cache_memory": "1MiB", "tensor_parallel_size": size}
+    lora = {"max_loras": 3, "max_lora_rank": 10, "fully_sharded_loras": fully}
+    config = EngineConfig(model=str(tiny_world.model), lora=LoRAConfig(**lora), **settings)
+    planned = plan_before_start(config)
+    with LLM(str(tiny_world.model), enable_lora=True, **settings, **lora) as llm:
+        found = llm.engine.memory
+        sites = llm.engine.runner.attached.sites
+        pools = [p for s in sites for p in (s.site, s.dealt_site) if p is not None]
+        pool = sum(p.a.nbytes + p.b.nbytes for p in pools)
+    assert planned.num_ranks == found.num_ranks == size
+    assert planned.needs == found.needs
+    assert planned.needs.pool == pool
+    assert planned.num_blocks == found.num_blocks
+    assert planned.kv_bytes_per_token == found.kv_bytes_per_token
+    assert abs(planned.weight_bytes - found.weight_bytes) <= 0.01 * found.weight_bytes
+
+
+def test_llama_on_several_gpus(
+    llama_8b: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    config = EngineConfig(model=llama_8b, lora=LoRAConfig(max_loras=64, max_lora_rank=16))
+    whole = plan_before_start(config, H200_BYTES)
+
+    def each(size: int, fully: bool) -> MemoryPlan:
+        lora = config.lora.model_copy(update={"fully_sharded_loras": fully})
+        more = {"tensor_parallel_size": size, "lora": lora}
+        return plan_before_start(config.model_copy(update=more), H200_BYTES)
+
+    for size in (2, 8):
+        assert each(size, False).weight_bytes == pytest.approx(whole.weight_bytes / size, rel=0.02)
+        assert each(size, True).needs.pool == whole.needs.pool // size
+        assert whole.needs.pool // size < each(size, False).needs.pool < whole.needs.pool
+        assert each(size, False).kv_bytes_per_token == whole.kv_bytes_per_token // size
+    # 8 KV heads on 16 ranks: each on two.
+    assert each(16, False).kv_bytes_per_token == whole.kv_bytes_per_token // 8
+    line = ["plan", llama_8b, "--device-memory", str(H200_BYTES), "--tensor-parallel-size", "8"]
+    assert main([*line, "--adapters", "64", "--rank", "16"]) == 0
+    table = capsys.readouterr().out
+    fully = format_size(each(8, True).needs.pool)
+    assert "for each of 8 ranks" in table
+    assert f"With --fully-sharded-loras the adapter pool takes {fully} a rank." in table
+    assert main(["plan", llama_8b, "--device-memory", "80GB", "--tensor-parallel-size", "3"]) == 2
+    assert "heads cannot be dealt out evenly to 3 ranks" in capsys.readouterr().err
 
 
 def test_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:

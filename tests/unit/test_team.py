@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from loramux import LLM, LoRARequest, SamplingParams
 from loramux.config import EngineConfig, LoRAConfig
-from loramux.engine.plan_start import plan_before_start
+from loramux.engine import service
+from loramux.engine.leading import LeadingRunning
+from loramux.engine.plan import StepResult
 from loramux.engine.runner import Runner
 from loramux.engine.service import AsyncEngine
 from loramux.errors import AdapterLoadFailed, ConfigError, EngineError, EngineStopped
@@ -56,6 +59,58 @@ def test_a_killed_rank_ends_every_request_with_an_error(tiny_world: TinyWorld) -
 
 
 @pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("comes_back", [True, False], ids=["the loop returns", "the loop is stuck"])
+def test_a_step_that_stands_still_ends_every_request(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """As under NCCL, where rank 0 waits for its device and the device for another rank."""
+    hangs, released = threading.Event(), threading.Event()
+    read = LeadingRunning.read
+
+    def waits(running: LeadingRunning) -> StepResult:
+        if hangs.is_set():
+            with running.team.watch.waiting():
+                lost = lambda: running.team.lost is not None and comes_back  # noqa: E731
+                while not lost() and not released.wait(0.02):
+                    pass
+        return read(running)
+
+    monkeypatch.setattr(LeadingRunning, "read", waits)
+    monkeypatch.setattr(service, "STUCK_S", 0.5)
+    config = {"device": "cpu", "tensor_parallel_size": 2, "rank_timeout_s": 1.0}
+    engine = AsyncEngine.create(EngineConfig(model=str(tiny_world.model), **config))
+
+    async def ask(name: str) -> list[Delta]:
+        return [delta async for delta in engine.generate(name, PROMPT, LONG)]
+
+    async def run() -> list[list[Delta]]:
+        await engine.start()
+        asked = [asyncio.create_task(ask(str(i))) for i in range(3)]
+        await asyncio.sleep(0.2)
+        hangs.set()
+        answers = await asyncio.wait_for(asyncio.gather(*asked), 10)
+        await asyncio.wait_for(engine.stop(), 10)
+        return answers
+
+    answers = asyncio.run(run())
+    released.set()
+    for deltas in answers:
+        ends = [delta for delta in deltas if delta.finished]
+        assert {end.index for end in ends} == {0, 1} and len(ends) == 2
+        assert all("a step has stood still for 1 s" in str(end.error) for end in ends)
+    assert engine.stuck is not comes_back and isinstance(engine.failure, EngineStopped)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_a_team_at_rest_is_left_alone(tiny_world: TinyWorld) -> None:
+    settings = {"device": "cpu", "tensor_parallel_size": 2, "rank_timeout_s": 1.0}
+    with LLM(str(tiny_world.model), **settings) as llm:
+        before = llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
+        time.sleep(1.5)
+        assert llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids == before
+
+
+@pytest.mark.usefixtures("thread_ranks")
 def test_a_load_that_fails_on_one_rank_fails_for_all(
     tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,9 +139,9 @@ def test_a_load_that_fails_on_one_rank_fails_for_all(
 
 @pytest.mark.usefixtures("thread_ranks")
 def test_both_factors_fall_to_a_share(tiny_world: TinyWorld) -> None:
-    def bytes_of(size: int, fully: bool) -> tuple[int, int]:
+    def bytes_of(size: int, fully: bool, max_rank: int = 16) -> tuple[int, int]:
         settings = {"device": "cpu", "tensor_parallel_size": size, "fully_sharded_loras": fully}
-        limits = {"max_loras": 4, "max_lora_rank": 16}
+        limits = {"max_loras": 4, "max_lora_rank": max_rank}
         with LLM(str(tiny_world.model), enable_lora=True, **settings, **limits) as llm:
             sites = llm.engine.runner.attached.sites
             pools = [
@@ -99,6 +154,7 @@ def test_both_factors_fall_to_a_share(tiny_world: TinyWorld) -> None:
 
     a, b = bytes_of(1, False)
     assert bytes_of(2, True) == (a // 2, b // 2)
+    assert bytes_of(2, True, 15) == (a // 2, b // 2)  # 15 rank rows are 8 on each
     half_a, half_b = bytes_of(2, False)
     assert a // 2 < half_a < a and b // 2 < half_b < b
 
@@ -108,13 +164,6 @@ def test_a_model_that_cannot_be_cut_says_why(tmp_path: Path) -> None:
     model = save_model(tmp_path / "m", "llama", num_attention_heads=4, num_key_value_heads=2)
     with pytest.raises(ConfigError, match=r"4 heads cannot be dealt out evenly to 3 ranks"):
         LLM(str(model), device="cpu", tensor_parallel_size=3)
-
-
-def test_a_plan_before_the_start_of_ranks_is_refused(tiny_world: TinyWorld) -> None:
-    with pytest.raises(ConfigError, match="several ranks"):
-        plan_before_start(
-            EngineConfig(model=str(tiny_world.model), device="cpu", tensor_parallel_size=2)
-        )
 
 
 def test_one_rank_may_be_told_to_shard_fully(tiny_world: TinyWorld) -> None:

@@ -51,11 +51,14 @@ class AdapterStore:
         *,
         reserved_names: list[str],
         on_gone: Callable[[str], None],
+        rehearse: Callable[[AdapterWeights], None] = lambda weights: None,
     ):
+        """`rehearse` raises when the device could not take a new adapter."""
         self._schema = schema
         self._config = config
         self._dtype = dtype
         self._on_gone = on_gone
+        self._rehearse = rehearse
         self.host = HostCache[AdapterWeights](config.host_capacity)
         self.registry = Registry(reserved_names, self._gone)
         self.reads = 0
@@ -70,12 +73,13 @@ class AdapterStore:
     def add(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
         """Serve the adapter in `path` under `name`.
 
-        Blocks while it is read; call it outside the step loop. Raises AdapterExists,
-        AdapterNotFound or AdapterRejected, and then nothing has changed.
+        Blocks while it is read; call it outside the step loop. Raises AdapterExists, AdapterNotFound,
+        AdapterRejected, or what `rehearse` raises, and then nothing has changed.
         """
         with self.registry.loading(name, replace=replace):
             start = time.perf_counter()
             weights = self._reader.submit(self._read, name, path).result()
+            self._rehearse(weights)
             self.host.put(weights.ref.digest, weights)
             load_s = time.perf_counter() - start
             ref = self.registry.publish(weights.ref, load_s)

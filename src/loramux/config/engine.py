@@ -46,6 +46,10 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """Ranks that share each layer, one process and one GPU each (on a CPU: some of the cores each)."""
 
+    rank_timeout_s: float = Field(default=60.0, ge=1)
+    """How long a rank may give no sign of life, and a step or a load may stand still, in seconds, with
+    several ranks; then all end with an error. A step that is slow and goes on is no matter."""
+
     seed: int = 0
     """Seed of the requests that bring none."""
 

@@ -68,6 +68,7 @@ class MemoryPlan:
     num_graphs: int
     max_loras: int  # 0: no adapters are served
     max_lora_rank: int
+    num_ranks: int = 1  # each of which takes all of this
 
     @property
     def num_blocks(self) -> int:
@@ -119,6 +120,7 @@ def plan_memory(config: EngineConfig, facts: ModelFacts) -> MemoryPlan:
         num_graphs=num_graphs(config, facts),
         max_loras=lora.max_loras if lora else 0,
         max_lora_rank=lora.max_lora_rank if lora else 0,
+        num_ranks=config.tensor_parallel_size,
     )
 
 

@@ -10,7 +10,8 @@ Only the thread that loads waits, and for that event alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -62,23 +63,39 @@ class DeviceLoader:
         `after` is the event of the step launched last, which may still read what stood there.
         Raises AdapterLoadFailed when the GPU has no memory for it.
         """
-        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            try:
-                self._queue(load, weights, after)
-            except torch.OutOfMemoryError as error:
-                raise AdapterLoadFailed(
-                    f"there is not enough GPU memory to load adapter {load.ref.name!r}",
-                    remedy="lower gpu_memory_utilization to leave more of it free",
-                ) from error
+        with self._ours(load.ref.name):
+            self._queue(load, weights, after)
             self._done.record(self._stream)
             self._done.synchronize()
+
+    @torch.inference_mode()
+    def rehearse(self, weights: AdapterWeights) -> None:
+        """Have the memory that a load takes. Raises AdapterLoadFailed when there is none."""
+        with self._ours(weights.ref.name):
+            self._stage(weights)
+
+    @contextmanager
+    def _ours(self, name: str) -> Iterator[None]:
+        """The stream and all that stands beside it, for adapter `name`."""
+        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise AdapterLoadFailed(
+                    f"there is not enough GPU memory to load adapter {name!r}",
+                    remedy="lower gpu_memory_utilization to leave more of it free",
+                ) from error
+
+    def _stage(self, weights: AdapterWeights) -> tuple[torch.Tensor, int]:
+        """Staging memory for an adapter, and where in it its table starts."""
+        size = weights.buffer.numel()
+        table_at = -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
+        return self._reserve(table_at + self._table.num_bytes), table_at
 
     def _queue(
         self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None
     ) -> None:
-        size = weights.buffer.numel()
-        table_at = -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
-        staging = self._reserve(table_at + self._table.num_bytes)  # [bytes]
+        staging, table_at = self._stage(weights)  # [bytes]
         self._send(weights.buffer, staging, 0)
         work = self._table.fill(
             self._sources(weights), staging.data_ptr(), load.first_row, load.ref.max_r

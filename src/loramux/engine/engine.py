@@ -110,7 +110,7 @@ class Engine:
         self._stopped = False
         self.team = started.team
         if self.team is not None:
-            self.team.on_lost.append(lambda: self.inbox.post(lambda: None))  # wakes the loop
+            self.team.when_lost(lambda _: self.inbox.post(lambda: None))  # wakes the loop
 
     # --- requests, from any thread -------------------------------------------------------------
 
@@ -287,6 +287,7 @@ class Engine:
             getattr(torch, lora.lora_dtype),
             reserved_names=self.config.model_names,
             on_gone=lambda digest: self.inbox.post(partial(self._gone, digest)),
+            rehearse=self.runner.rehearse,
         )
 
     def _make_loads(self) -> AdapterLoads | None:

@@ -2,6 +2,7 @@
 
     link ─▶ reader thread ─▶ plans ─▶ this thread: launch              (collectives meet rank 0's)
                         └──▶ loads ─▶ a thread of their own: write ─▶ answer
+         ◀─ signs of life, from a thread of their own
 
 A load waits until every plan that came before it has been launched: an older one may read the rows.
 """
@@ -14,6 +15,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,12 +24,24 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.engine.devices import make_runner
-from loramux.engine.link import Failed, Here, Link, Load, Loaded, Resolved, Start, Stop, from_file
+from loramux.engine.link import (
+    SIGN_S,
+    Alive,
+    Failed,
+    Here,
+    Link,
+    Load,
+    Loaded,
+    Resolved,
+    Start,
+    Stop,
+    from_file,
+)
 from loramux.engine.plan import StepPlan
 from loramux.engine.runner import Runner
-from loramux.errors import EngineError, LoramuxError
+from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.models.loader import load_model
-from loramux.parallel import join
+from loramux.parallel import ALONE, Group, join
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +86,23 @@ class Follower:
         self._launched = 0
         self._progress = threading.Condition()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-writer")
+        self._group: Group = ALONE
+        self._writing_since: float | None = None
+        self._left = threading.Event()
 
     def run(self) -> None:
         start, _ = self._link.receive()
         assert isinstance(start, Start)
-        runner = self._prepare(start)
+        threading.Thread(target=self._give_signs, name="rank-signs", daemon=True).start()
+        try:
+            self._follow(self._prepare(start))
+        finally:
+            with self._progress:
+                self._left.set()
+                self._progress.notify_all()
+            self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _follow(self, runner: Runner) -> None:
         threading.Thread(target=self._read, args=(runner,), daemon=True).start()
         self._link.send(Here())
         while isinstance(plan := self._plans.get(), StepPlan):
@@ -91,14 +117,21 @@ class Follower:
         self._link.send(Here())
         self._link.receive()  # Meet: nobody waits for one that never came
         device = torch.device(start.config.device)
-        group = join(start.store_path, start.rank, start.size, device, shared=start.shared)
-        loaded = load_model(start.config, group)
+        self._group = join(start.store_path, start.rank, start.size, device, shared=start.shared)
+        loaded = load_model(start.config, self._group)
         self._link.send(Here(loaded.facts))
         resolved, _ = self._link.receive()
         assert isinstance(resolved, Resolved)
         config = resolved.config.model_copy(update={"device": loaded.facts.device})
         facts = replace(resolved.facts, device=loaded.facts.device)
         return make_runner(loaded.attached, config, facts)
+
+    def _give_signs(self) -> None:
+        with contextlib.suppress(OSError):  # the reader notices as well
+            while not self._left.wait(SIGN_S):
+                since = self._writing_since
+                writing_s = 0.0 if since is None else time.monotonic() - since
+                self._link.send(Alive(self._group.entered, writing_s))
 
     def _read(self, runner: Runner) -> None:
         """In a thread of its own: hand on what comes."""
@@ -121,11 +154,19 @@ class Follower:
         failure: Exception | None = None
         try:
             with self._progress:
-                self._progress.wait_for(lambda: self._launched >= after)
+                self._progress.wait_for(lambda: self._launched >= after or self._left.is_set())
+            if self._left.is_set():
+                raise EngineStopped("the rank is leaving")
+            self._writing_since = time.monotonic()
             buffer = from_file(file, message.num_bytes)  # [bytes] uint8
-            runner.load(message.load, AdapterWeights(message.load.ref, buffer, message.source))
+            weights = AdapterWeights(message.load.ref, buffer, message.source)
+            if message.rehearsal:
+                runner.rehearse(weights)
+            else:
+                runner.load(message.load, weights)
         except Exception as error:
             logger.exception("loading adapter %r failed", message.load.ref.name)
             failure = _sendable(error)
+        self._writing_since = None
         with contextlib.suppress(OSError):  # the reader notices as well
             self._link.send(Loaded(message.number, failure))

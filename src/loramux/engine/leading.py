@@ -42,7 +42,8 @@ class LeadingRunning:
     def read(self) -> StepResult:
         """Of rank 0, which chooses. Raises EngineStopped when a rank is lost."""
         try:
-            result = self.running.read()
+            with self.team.watch.waiting():
+                result = self.running.read()
         except Exception as error:
             raise self.team.fail(error) from error
         if self.team.lost is not None:  # what came out may be half a sum
@@ -62,15 +63,21 @@ class LeadingRunner:
 
     def launch(self, plan: StepPlan) -> Running:
         """See `Runner.launch`. Raises EngineStopped whatever went wrong: the ranks have parted."""
-        self._team.send(plan)
-        try:
-            return LeadingRunning(self._runner.launch(plan), self._team)
-        except Exception as error:
-            raise self._team.fail(error) from error
+        with self._team.watch.waiting():
+            self._team.send(plan)
+            try:
+                return LeadingRunning(self._runner.launch(plan), self._team)
+            except Exception as error:
+                raise self._team.fail(error) from error
 
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         """See `Runner.load`: on every rank, or the error of one that could not."""
         self._team.load(load, weights, partial(self._runner.load, load, weights))
+
+    def rehearse(self, weights: AdapterWeights) -> None:
+        """See `Runner.rehearse`: on every rank, or the error of one that could not."""
+        load = AdapterLoad(weights.ref, 0)
+        self._team.load(load, weights, partial(self._runner.rehearse, weights), rehearsal=True)
 
 
 MakeRunner = Callable[[Attached, EngineConfig, ModelFacts], Runner]
@@ -112,17 +119,18 @@ def _start_with(team: Team, config: EngineConfig, make_runner: MakeRunner) -> St
 
 def agreed(facts: Sequence[ModelFacts]) -> ModelFacts:
     """Rank 0's facts with what is scarcest of memory on any rank. A CPU's is shared by all."""
-    first, sharing = facts[0], 1
-    if not first.on_gpu:
-        sharing = len(facts)
-    elif len({fact.device for fact in facts}) < len(facts):
-        sharing = -(-len(facts) // len({fact.device for fact in facts}))
+    ranks = sharing([fact.device for fact in facts])
     return replace(
-        first,
-        free_bytes=min(fact.free_bytes for fact in facts) // sharing,
-        total_bytes=min(fact.total_bytes for fact in facts) // sharing,
+        facts[0],
+        free_bytes=min(fact.free_bytes for fact in facts) // ranks,
+        total_bytes=min(fact.total_bytes for fact in facts) // ranks,
         weight_bytes=max(fact.weight_bytes for fact in facts),
     )
+
+
+def sharing(devices: Sequence[str]) -> int:
+    """How many ranks there are on one of their `devices`, at most."""
+    return -(-len(devices) // len(set(devices)))
 
 
 def rank_devices(config: EngineConfig) -> list[str]:

@@ -24,6 +24,7 @@ from loramux.config import EngineConfig, ModelFacts
 from loramux.engine.plan import AdapterLoad
 
 LENGTH = 8  # bytes before a message that say how long it is
+SIGN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Load:
     load: AdapterLoad
     source: AdapterSource
     num_bytes: int
+    rehearsal: bool  # write nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,14 @@ class Here:
     """From a rank: it has started, or it has loaded the model, whose `facts` are these."""
 
     facts: ModelFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """From a rank, every `SIGN_S`: its process runs."""
+
+    entered: int  # collectives so far
+    writing_s: float  # for so long it has been writing an adapter; 0: it is not
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ def show(plan: MemoryPlan, console: Console | None = None) -> None:
 
 def memory_table(plan: MemoryPlan) -> Table:
     """One row a part."""
-    table = Table(title=f"Memory of {plan.device}", title_justify="left")
+    each = f", for each of {plan.num_ranks} ranks" if plan.num_ranks > 1 else ""
+    table = Table(title=f"Memory of {plan.device}{each}", title_justify="left")
     table.add_column("part")
     table.add_column("size", justify="right")
     table.add_column("what it holds")

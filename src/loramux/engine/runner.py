@@ -105,16 +105,28 @@ class Runner(ABC):
 
         Raises AdapterLoadFailed when the device has no memory for it.
         """
-        cuts = self.attached.shards.cuts
-        if self.group.size == 1:
-            self._write(self._loader, self._sites, load, weights)
-            return
-        self._write(self._loader, self._sites, load, cut_adapter(weights, cuts))
-        if self._deal > 1:
-            dealt = dealt_rows(weights, cuts, self.group.rank)
-            first_row = load.first_row // self._deal
-            place = AdapterLoad(dealt.ref, first_row)
+        own, dealt = self._parts(weights)
+        self._write(self._loader, self._sites, load, own)
+        if dealt is not None:
+            place = AdapterLoad(dealt.ref, load.first_row // self._deal)
             self._write(self._dealt_loader, self._dealt_sites, place, dealt)
+
+    def rehearse(self, weights: AdapterWeights) -> None:
+        """All of a load that can fail, but the writing, before an adapter is served at all.
+
+        Raises AdapterLoadFailed as `load` does."""
+        own, dealt = self._parts(weights)
+        for loader, part in ((self._loader, own), (self._dealt_loader, dealt)):
+            if loader is not None and part is not None:
+                loader.rehearse(part)
+
+    def _parts(self, weights: AdapterWeights) -> tuple[AdapterWeights, AdapterWeights | None]:
+        """What this rank holds of an adapter; and, where they are dealt out, of the rows of A."""
+        if self.group.size == 1:
+            return weights, None
+        cuts = self.attached.shards.cuts
+        dealt = dealt_rows(weights, cuts, self.group.rank) if self._deal > 1 else None
+        return cut_adapter(weights, cuts), dealt
 
     def _write(
         self,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from loramux.config import EngineConfig, MemoryPlan
@@ -18,6 +20,16 @@ from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+STUCK_S = 5.0  # from the loss of a rank to the end of waiting for the loop's thread
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request of `generate`, and which of its answers have not ended."""
+
+    open: set[int]
+    queue: asyncio.Queue[Delta] = field(default_factory=asyncio.Queue)
 
 
 class AsyncEngine:
@@ -30,9 +42,14 @@ class AsyncEngine:
         self.memory: MemoryPlan = engine.memory
         self.failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queues: dict[str, asyncio.Queue[Delta]] = {}
+        self._asked: dict[str, _Asked] = {}
         self._stopping = False
         self._halt = False
+        self._running = False
+        self.stuck = False
+        """The loop's thread waits for a device that is lost, and cannot be ended."""
+        if engine.team is not None:
+            engine.team.when_lost(self._rank_lost)
 
     @classmethod
     def create(cls, config: EngineConfig) -> AsyncEngine:
@@ -43,6 +60,7 @@ class AsyncEngine:
     async def start(self) -> None:
         """Start the step loop on the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._running = True
         self._thread.submit(self._run)
 
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -55,6 +73,12 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         self._halt = True
         self._engine.inbox.post(lambda: None)
+        while self._running and not self.stuck:
+            await asyncio.sleep(0.02)
+        if self.stuck:
+            assert self._engine.team is not None
+            await asyncio.to_thread(self._engine.team.end)
+            return
         await asyncio.to_thread(self._thread.close)
         await asyncio.to_thread(self._engine.close)
 
@@ -105,10 +129,10 @@ class AsyncEngine:
             raise EngineStopped(
                 "the engine is shutting down" if self._stopping else "the engine died"
             )
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
-        if request_id in self._queues:
-            request_id = f"{request_id}-{id(queue):x}"
-        self._queues[request_id] = queue
+        asked = _Asked(set(range(params.n)))
+        if request_id in self._asked:
+            request_id = f"{request_id}-{id(asked):x}"
+        self._asked[request_id] = asked
         remaining = params.n
         submitted = False
         try:
@@ -117,12 +141,12 @@ class AsyncEngine:
             if self.failure is not None:  # it died between the two lines above
                 raise EngineStopped("the engine died")
             while remaining:
-                delta = await queue.get()
+                delta = await asked.queue.get()
                 if delta.finished:
                     remaining -= 1
                 yield delta
         finally:
-            self._queues.pop(request_id, None)
+            self._asked.pop(request_id, None)
             if submitted and remaining:
                 self._engine.cancel(request_id)
 
@@ -164,6 +188,8 @@ class AsyncEngine:
             reason = error if isinstance(error, LoramuxError) else EngineError("the engine died")
             self._engine.stop()
             self._publish(self._engine.fail_all(reason))
+        finally:
+            self._running = False
 
     def _publish(self, deltas: list[Delta]) -> None:
         if deltas and self._loop is not None and not self._loop.is_closed():
@@ -171,5 +197,32 @@ class AsyncEngine:
 
     def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:
-            if (queue := self._queues.get(delta.request_id)) is not None:
-                queue.put_nowait(delta)
+            if (asked := self._asked.get(delta.request_id)) is not None:
+                if delta.finished:
+                    asked.open.discard(delta.index)
+                asked.queue.put_nowait(delta)
+
+    # --- when a rank is lost, and the loop's thread with it ------------------------------------
+
+    def _rank_lost(self, error: LoramuxError) -> None:
+        timer = threading.Timer(STUCK_S, self._give_up, (error,))
+        timer.daemon = True
+        timer.start()
+
+    def _give_up(self, error: LoramuxError) -> None:
+        """End every open request without the loop's thread, should that one not come back."""
+        if not self._running:
+            return
+        logger.error("the step loop is stuck and is left behind")
+        self.stuck = True
+        self.failure = error
+        self._engine.stop()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end_all, error)
+
+    def _end_all(self, error: LoramuxError) -> None:
+        for request_id, asked in self._asked.items():
+            for index in list(asked.open):
+                end = Delta(request_id, index, finish_reason="error", error=error)
+                asked.queue.put_nowait(end)
+            asked.open.clear()

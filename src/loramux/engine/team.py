@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
 from loramux.engine.link import (
+    Alive,
     Failed,
     Here,
     Link,
@@ -38,12 +40,14 @@ from loramux.engine.link import (
     in_file,
 )
 from loramux.engine.plan import AdapterLoad
+from loramux.engine.watch import Watch
 from loramux.errors import ConfigError, EngineStopped
 from loramux.parallel import ALONE, Group, join
 
 logger = logging.getLogger(__name__)
 
 NOTICE_S = 2.0  # from a broken collective to the news of whose end broke it
+TICK_S = 0.25
 LEAVE_S = 10.0  # to a rank that was told to stop
 
 
@@ -89,7 +93,8 @@ class Team:
         self.size = len(devices)
         self.group: Group = ALONE
         self.lost: EngineStopped | ConfigError | None = None
-        self.on_lost: list[Callable[[], None]] = []
+        self.watch = Watch(self.size, config.rank_timeout_s)
+        self._on_lost: list[Callable[[EngineStopped | ConfigError], None]] = []
         self._folder = tempfile.mkdtemp(prefix="loramux-")
         self._changed = threading.Condition()
         self._here: dict[int, list[ModelFacts | None]] = {rank: [] for rank in range(1, self.size)}
@@ -110,6 +115,7 @@ class Team:
             own = config.model_copy(update={"device": devices[rank]})
             self._links[rank].send(Start(rank, self.size, store, own, self._shared, threads))
             threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
+        threading.Thread(target=self._tick, name="rank-watch", daemon=True).start()
         self._wait_here(1)
         self.send(Meet())
         self.group = join(store, 0, self.size, self._device, shared=self._shared)
@@ -125,6 +131,15 @@ class Team:
     def wait_ready(self) -> None:
         """Until their runners are made."""
         self._wait_here(3)
+        self.watch.ready()
+
+    def when_lost(self, tell: Callable[[EngineStopped | ConfigError], None]) -> None:
+        """Call `tell` with the reason, in some thread, when a rank is lost; at once if one is."""
+        with self._changed:
+            self._on_lost.append(tell)
+            lost = self.lost
+        if lost is not None:
+            tell(lost)
 
     def send(self, message: Any, file: int | None = None) -> None:
         """To all. Raises EngineStopped when one is gone."""
@@ -136,8 +151,15 @@ class Team:
         except OSError as error:
             raise self.explain(error) from error
 
-    def load(self, load: AdapterLoad, weights: AdapterWeights, own: Callable[[], None]) -> None:
-        """Write an adapter on every rank; `own` writes rank 0's. Returns when all have.
+    def load(
+        self,
+        load: AdapterLoad,
+        weights: AdapterWeights,
+        own: Callable[[], None],
+        *,
+        rehearsal: bool = False,
+    ) -> None:
+        """Write an adapter on every rank, or rehearse it; `own` does rank 0's. Returns when all have.
 
         Raises what one of them failed with: the rows then hold it nowhere."""
         number = next(self._numbers)
@@ -146,7 +168,8 @@ class Team:
             self._loading[number] = loading
         try:
             with in_file(weights.buffer) as file:
-                message = Load(number, load, weights.source, weights.buffer.numel())
+                size = weights.buffer.numel()
+                message = Load(number, load, weights.source, size, rehearsal)
                 self.send(message, file)
             try:
                 own()
@@ -221,8 +244,22 @@ class Team:
         except (EOFError, OSError):
             self._lose(rank, "its process has ended")
 
+    def _tick(self) -> None:
+        """In a thread of its own, which nothing that a rank does can hold up."""
+        before = time.monotonic()
+        while not self._closing and self.lost is None:
+            time.sleep(TICK_S)
+            now = time.monotonic()
+            # This process may have slept itself.
+            found = self.watch.tick(min(now - before, 2 * TICK_S), self.group.entered)
+            before = now
+            if found is not None:
+                self._lose(*found)
+
     def _hear(self, rank: int, message: Any) -> None:
-        if isinstance(message, Here):
+        if isinstance(message, Alive):
+            self.watch.heard(rank, message.entered, message.writing_s)
+        elif isinstance(message, Here):
             self._here[rank].append(message.facts)
         elif isinstance(message, Failed):
             self._reasons[rank] = message.error
@@ -245,9 +282,11 @@ class Team:
                     remedy="start again; the log of that rank may say more",
                 )
             self._changed.notify_all()
+            told = list(self._on_lost)
         logger.error("%s", self.lost)
         for process in self._processes.values():
-            process.kill()
-        self.group.abort()
-        for tell in self.on_lost:
-            tell()
+            process.kill()  # a stopped one too
+        for tell in told:
+            tell(self.lost)
+        # Last, and beside: it waits for a device that may never answer.
+        threading.Thread(target=self.group.abort, name="rank-abort", daemon=True).start()

@@ -87,6 +87,11 @@ class MergedLinear:
         return 0 if self.site is None else self.site.a.shape[1]
 
     @property
+    def outer_features(self) -> tuple[int, int]:
+        """Of what `project` takes and gives: (in, out)."""
+        return self.in_features, self.out_features
+
+    @property
     def out_features(self) -> int:
         return self.starts[-1]
 

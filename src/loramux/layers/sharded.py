@@ -58,6 +58,12 @@ class ShardedLinear(MergedLinear):
     def is_product(self) -> bool:
         return self.kind == "whole"
 
+    @property
+    def outer_features(self) -> tuple[int, int]:
+        if not self._outside:
+            return super().outer_features
+        return self.cuts[0].input.whole, sum(cut.output.whole for cut in self.cuts)
+
     def whole_features(self, index: int) -> tuple[int, int]:
         cut = self.cuts[index]
         return cut.input.whole, cut.output.whole

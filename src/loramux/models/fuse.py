@@ -121,11 +121,11 @@ def _check_shapes(layer: FusedLayer) -> None:
     kv_heads, size = attention.key_shape
     if attention.value_shape != (kv_heads, size):
         raise NotStandardError("its values have other heads than its keys")
-    if layer.qkv.out_features != (attention.num_heads + 2 * kv_heads) * size:
+    if layer.qkv.outer_features[1] != (attention.num_heads + 2 * kv_heads) * size:
         raise NotStandardError("its q, k and v are not side by side")
-    if layer.o.in_features != attention.num_heads * size:
+    if layer.o.outer_features[0] != attention.num_heads * size:
         raise NotStandardError("its output projection takes something else than the heads")
-    if layer.gate_up.out_features != 2 * layer.down.in_features:
+    if layer.gate_up.outer_features[1] != 2 * layer.down.outer_features[0]:
         raise NotStandardError("its MLP is not gated")
     norms = (layer.before_attention, layer.before_mlp, layer.after_attention, layer.after_mlp)
     if len({norm.mode for norm in norms if norm}) > 1 or len({n.eps for n in norms if n}) > 1:

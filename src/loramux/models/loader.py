@@ -28,7 +28,7 @@ from loramux.models.fill import fill_from_checkpoint, fill_random, materialise
 from loramux.models.fuse import fuse
 from loramux.models.measure import measure
 from loramux.models.shards import Shards, cut_model
-from loramux.parallel import ALONE, Group
+from loramux.parallel import ALONE, Group, PlannedGroup
 
 logger = logging.getLogger(__name__)
 _BUILDING = threading.Lock()
@@ -255,16 +255,14 @@ def load_schema(config: EngineConfig) -> Attached:
 
 def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str) -> ModelFacts:
     """The facts of the model of `config` as `load_model` would find them on `device`, read from its
-    configuration alone. `memory` is what the device has before. Raises as `load_model` does."""
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            "the memory of several ranks cannot be planned before they start",
-            field="tensor_parallel_size",
-            remedy="leave it out for the whole model's table; at start each rank's is shown",
-        )
+    configuration alone. `memory` is what the device has before. Raises as `load_model` does.
+
+    Of several ranks they are those of rank 0, which has most."""
     hf_config = read_config(config.model, config.revision)
     positions, reason = _max_positions(hf_config)
-    attached = attach(_on_meta(config, hf_config), config.lora)
+    model = _on_meta(config, hf_config)
+    shards = cut_model(model, PlannedGroup(0, config.tensor_parallel_size), config.lora)
+    attached = attach(model, config.lora, shards)
     facts = measure(attached, config, device, memory, (positions, reason))
     text = hf_config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -91,8 +91,8 @@ def _widths(attached: Attached) -> Widths:
     planned = attached.model.device.type == "meta"
     return Widths(
         hidden=int(text.hidden_size),
-        product=max((merged.out_features for merged in layers), default=0),
-        inner=max((merged.in_features for merged in layers), default=0),
+        product=max((merged.outer_features[1] for merged in layers), default=0),
+        inner=max((merged.outer_features[0] for merged in layers), default=0),
         vocab=int(text.vocab_size),
         itemsize=attached.model.dtype.itemsize,
         fused=planned or attached.decoder is not None,

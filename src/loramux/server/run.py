@@ -10,9 +10,11 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shlex
 import signal
 import socket
+import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 3.0  # after the last answer has ended: time for it to reach the client
 POLL_S = 0.1
+EXIT_STUCK = 2
 ANY_ADDRESS = ("0.0.0.0", "::")
 
 
@@ -58,7 +61,13 @@ def serve(
 
         engine = AsyncEngine.create(engine_config)
         show(engine.memory)
-        return serve_engine(engine, config, adapters, listener)
+        try:
+            return serve_engine(engine, config, adapters, listener)
+        except EngineStopped as error:
+            if engine.stuck:  # an orderly exit would wait for its thread
+                print(f"loramux: error: {error}", file=sys.stderr, flush=True)
+                os._exit(EXIT_STUCK)
+            raise
 
 
 def serve_engine(
