@@ -74,6 +74,9 @@ class Vllm:
     def place(self, adapter: int) -> str:
         return "?"
 
+    def take_read_times(self) -> list[float]:
+        return []
+
     def close(self) -> None:
         self._engine = None
 

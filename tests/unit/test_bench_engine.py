@@ -66,6 +66,9 @@ class Echo:
     def place(self, adapter: int) -> str:
         return "?"
 
+    def take_read_times(self) -> list[float]:
+        return [0.002, 0.004, 0.003]
+
     def close(self) -> None: ...
 
 
@@ -174,6 +177,7 @@ def test_a_load_is_a_cold_request_less_a_warm_one() -> None:
     job = Job("load", settings, cases, {"vocab_size": 99}, adapters, options)
     rows = list(load.measure(job, echo, print))
     assert [row["source"] for row in rows] == ["page cache", "host"]
+    assert [row["read_ms"] for row in rows] == [3.0, 3.0]
     assert all(
         row["load_ms"] == pytest.approx(row["ttft_ms"] - row["warm_ttft_ms"], abs=0.01)
         for row in rows

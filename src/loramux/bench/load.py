@@ -181,12 +181,15 @@ def measure(job: Job, system: System, say: Say) -> Iterator[dict[str, Any]]:
             streams.probe(1 + turn % cycle)
             turn += 1
         cold, places = [], []
+        system.take_read_times()
         for _ in range(options["loads"]):
             adapter = 1 + turn % cycle
             turn += 1
             places.append(system.place(adapter))
             cold.append(streams.probe(adapter))
-        yield {**_row(quiet, warm, cold), "source": source, "places": sorted(set(places))}
+        reads = system.take_read_times()
+        read = {"read_ms": round(1000 * statistics.median(reads), 3)} if reads else {}
+        yield {**_row(quiet, warm, cold), **read, "source": source, "places": sorted(set(places))}
         turn = 0
     streams.close()
 

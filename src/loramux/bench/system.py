@@ -35,6 +35,9 @@ class System(Protocol):
     def place(self, adapter: int) -> str:
         """Where an adapter is: `device`, `host`, `disk`, or `?` for a system that does not say."""
 
+    def take_read_times(self) -> list[float]:
+        """Seconds that each adapter's files took to read, since the last call, if the system says."""
+
     def close(self) -> None: ...
 
 
@@ -46,6 +49,9 @@ class Ours:
         from loramux.types import AdapterUse, SamplingParams
 
         self._llm = LLM(**settings)
+        self._read_times: list[float] = []
+        if self._llm.engine.store is not None:
+            self._llm.engine.store.on_load = lambda ref, seconds: self._read_times.append(seconds)
         self._use, self._params = AdapterUse, SamplingParams
         names = SamplingParams.__dataclass_fields__
         self._more: dict[str, Any] = {"detokenize": False} if "detokenize" in names else {}
@@ -80,6 +86,10 @@ class Ours:
             if status.ref.name == _name(adapter):
                 return "device" if status.on_device else "host" if status.on_host else "disk"
         return "disk"
+
+    def take_read_times(self) -> list[float]:
+        times, self._read_times = self._read_times, []
+        return times
 
     def close(self) -> None:
         self._llm.close()

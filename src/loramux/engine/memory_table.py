@@ -48,7 +48,11 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, int, str]]:
         ("weights", plan.weight_bytes, ""),
         ("adapter pool", needs.pool, pool),
         ("KV cache", plan.kv_bytes, kv),
-        ("graphs", needs.graphs, f"{plan.num_graphs} captured steps" if plan.num_graphs else "none"),
+        (
+            "graphs",
+            needs.graphs,
+            f"{plan.num_graphs} captured steps" if plan.num_graphs else "none",
+        ),
         ("activations", needs.activations, "the largest step, estimated"),
     ]
     left = max(0, plan.left_bytes)
