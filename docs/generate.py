@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from loramux.cli import NOT_FLAGS, flag_of
-from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.config import EngineConfig, LoRAConfig, ReplicaConfig, ServerConfig
 from loramux.config.engine import OTHER_NAMES
 from loramux.config.lora import DUAL_STREAM_VARIABLE, NOT_SERVED_YET
 
@@ -23,6 +23,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Engine", "`LLM(...)` and `loramux serve`.", EngineConfig),
     ("LoRA", "The same two, with `enable_lora=True` or `--enable-lora`.", LoRAConfig),
     ("Server", "`loramux serve` only.", ServerConfig),
+    ("Replicas", "`loramux serve` only; [replicas](replicas.md) on Ray.", ReplicaConfig),
 )
 HEAD = """# Configuration
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from loramux.config import EngineConfig, LoRAConfig, ServerConfig, sizes
+from loramux.config import EngineConfig, LoRAConfig, ReplicaConfig, ServerConfig, sizes
 from loramux.config.engine import OTHER_NAMES
 from loramux.config.neutral import ANYTHING, NEUTRAL, drop_neutral
 from loramux.errors import AdapterRejected, ConfigError, LoramuxError
@@ -119,6 +119,7 @@ def _add_serve(commands: Any) -> None:
     )
     add_flags(lora, LoRAConfig)
     add_flags(serve.add_argument_group("server"), ServerConfig)
+    add_flags(serve.add_argument_group("replicas on Ray"), ReplicaConfig)
     _add_neutral(serve)
 
 
@@ -336,8 +337,13 @@ def _model_of(given: argparse.Namespace) -> str:
 def _serve(given: argparse.Namespace) -> int:
     config = settings_from(EngineConfig, given, model=_model_of(given), lora=lora_settings(given))
     server_config = settings_from(ServerConfig, given)
+    replica_config = settings_from(ReplicaConfig, given)
     drop_neutral({name: getattr(given, name) for name in NEUTRAL if name in given})
     adapters = parse_modules(given.lora_modules or [], config.model_names)
+    if replica_config.on_ray:
+        from loramux.replicas.run import serve as serve_replicas
+
+        return serve_replicas(config, server_config, replica_config, adapters)
     from loramux.server.run import serve
 
     return serve(config, server_config, adapters)

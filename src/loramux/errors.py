@@ -13,6 +13,7 @@
     │   └── UnsupportedModel            the model does not use the doors that loramux enters by
     └── EngineError                     our fault, or the machine's
         ├── EngineStopped               the engine is shutting down or has died
+        │   └── ReplicaLost             the replica that had the request is gone; others are there
         ├── AdapterLoadFailed           an adapter that was accepted can no longer be read
         └── Overloaded                  the queue is full; try again later
 
@@ -99,6 +100,10 @@ class EngineError(LoramuxError):
 
 class EngineStopped(EngineError):
     """The engine is shutting down or has died; the request was not finished."""
+
+
+class ReplicaLost(EngineStopped):
+    """One of several servers has gone, and with it the request; the others are there."""
 
 
 class AdapterLoadFailed(EngineError):

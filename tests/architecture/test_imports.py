@@ -23,6 +23,9 @@ TORCH_FREE = (
     "loramux.adapters.registry",
     "loramux.adapters.pool",
     "loramux.server.app",
+    "loramux.replicas.affinity",
+    "loramux.replicas.catalog",
+    "loramux.replicas.front",
 )
 HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 

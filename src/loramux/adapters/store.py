@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -38,6 +39,15 @@ def _compute_alone() -> None:
     torch.get_num_threads()  # torch sets this thread's count at first use; do it before us
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).omp_set_num_threads(1)
+
+
+@dataclass(slots=True)
+class _Staged:
+    """An adapter that was read and is not served yet; `claim` holds its name."""
+
+    weights: AdapterWeights
+    load_s: float
+    claim: contextlib.ExitStack
 
 
 class AdapterStore:
@@ -64,6 +74,7 @@ class AdapterStore:
         self.reads = 0
         self._memory = HostMemory()
         self._sources: dict[str, AdapterSource] = {}  # by digest
+        self._staged: dict[str, _Staged] = {}  # by name
         self.on_load: Callable[[AdapterRef, float], None] | None = None
         # One reader: two would only compete for the same disk and cores.
         self._reader = ThreadPoolExecutor(
@@ -76,15 +87,41 @@ class AdapterStore:
         Blocks while it is read; call it outside the step loop. Raises AdapterExists, AdapterNotFound,
         AdapterRejected, or what `rehearse` raises, and then nothing has changed.
         """
-        with self.registry.loading(name, replace=replace):
+        self.stage(name, path, replace=replace)
+        return self.publish(name)
+
+    def stage(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
+        """The first half of `add`: read and check, and keep the name until `publish` or `discard`.
+
+        Blocks and raises as `add` does.
+        """
+        with contextlib.ExitStack() as claim:
+            claim.enter_context(self.registry.loading(name, replace=replace))
             start = time.perf_counter()
             weights = self._reader.submit(self._read, name, path).result()
             self._rehearse(weights)
-            self.host.put(weights.ref.digest, weights)
             load_s = time.perf_counter() - start
-            ref = self.registry.publish(weights.ref, load_s)
-        self._report(ref, load_s)
+            self._staged[name] = _Staged(weights, load_s, claim.pop_all())
+        return weights.ref
+
+    def staged(self, name: str) -> AdapterRef | None:
+        staged = self._staged.get(name)
+        return staged.weights.ref if staged else None
+
+    def publish(self, name: str) -> AdapterRef:
+        """The second half of `add`: serve what was staged under this name."""
+        staged = self._staged.pop(name)
+        with staged.claim:
+            self.host.put(staged.weights.ref.digest, staged.weights)
+            self._sources[staged.weights.ref.digest] = staged.weights.source
+            ref = self.registry.publish(staged.weights.ref, staged.load_s)
+        self._report(ref, staged.load_s)
         return ref
+
+    def discard(self, name: str) -> None:
+        """Forget what was staged, if anything was."""
+        if (staged := self._staged.pop(name, None)) is not None:
+            staged.claim.close()
 
     def remove(self, name: str) -> AdapterRef:
         """Stop serving `name`; see `Registry.remove`."""
@@ -118,7 +155,6 @@ class AdapterStore:
     def _read(self, name: str, path: str) -> AdapterWeights:
         self.reads += 1
         weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype, self._memory)
-        self._sources[weights.ref.digest] = weights.source
         return weights
 
     def _read_again(self, ref: AdapterRef) -> AdapterWeights | None:
@@ -154,6 +190,7 @@ class AdapterStore:
                 f"the files of adapter {ref.name!r} have changed since it was loaded",
                 remedy="load it again with load_inplace to serve the new version",
             )
+        self._sources[ref.digest] = weights.source
         return weights
 
     def _report(self, ref: AdapterRef, seconds: float) -> None:

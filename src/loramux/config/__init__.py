@@ -4,6 +4,7 @@ from loramux.config.engine import EngineConfig, num_blocks, resolve
 from loramux.config.facts import ModelFacts
 from loramux.config.lora import LoRAConfig
 from loramux.config.memory import MemoryPlan, plan_memory
+from loramux.config.replicas import ReplicaConfig
 from loramux.config.server import ServerConfig
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "LoRAConfig",
     "MemoryPlan",
     "ModelFacts",
+    "ReplicaConfig",
     "ServerConfig",
     "num_blocks",
     "plan_memory",

@@ -171,11 +171,11 @@ class Engine:
 
     def add_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
         """Read an adapter and serve it; blocks the caller, not the steps. See `AdapterStore.add`."""
-        return self._require_store().add(name, path, replace=replace)
+        return self.require_store().add(name, path, replace=replace)
 
     def remove_adapter(self, name: str) -> AdapterRef:
         """Stop serving an adapter; requests in flight finish on it. Raises AdapterNotFound."""
-        return self._require_store().remove(name)
+        return self.require_store().remove(name)
 
     def adapters(self) -> list[AdapterStatus]:
         """One entry a served name."""
@@ -184,7 +184,7 @@ class Engine:
             return []
         return self.store.status(pool.is_resident)
 
-    def _require_store(self) -> AdapterStore:
+    def require_store(self) -> AdapterStore:
         if self.store is None:
             raise InvalidField(
                 "this engine serves no adapters", field="lora", remedy="start it with enable_lora"

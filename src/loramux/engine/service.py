@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from loramux.config import EngineConfig, MemoryPlan
 from loramux.engine.engine import Engine
@@ -52,7 +52,7 @@ class AsyncEngine:
             engine.team.when_lost(self._rank_lost)
 
     @classmethod
-    def create(cls, config: EngineConfig) -> AsyncEngine:
+    def create(cls, config: EngineConfig) -> Self:
         """Load everything; takes seconds. Raises ConfigError or UnsupportedModel."""
         thread = LoopThread("step-loop")
         return cls(thread.submit(Engine, config).result(), thread)
@@ -159,6 +159,25 @@ class AsyncEngine:
     async def remove_adapter(self, name: str) -> None:
         """Stop serving an adapter; requests in flight finish on it. Raises AdapterNotFound."""
         self._engine.remove_adapter(name)
+
+    async def stage_adapter(
+        self, name: str, path: str, *, load_inplace: bool = False
+    ) -> AdapterRef:
+        """Read and check an adapter, and keep its name until it is published or discarded."""
+        store = self._engine.require_store()
+        return await asyncio.to_thread(store.stage, name, path, replace=load_inplace)
+
+    def staged_digest(self, name: str) -> str | None:
+        ref = self._engine.require_store().staged(name)
+        return ref.digest if ref else None
+
+    def publish_adapter(self, name: str) -> AdapterRef:
+        """Serve what was staged under this name."""
+        return self._engine.require_store().publish(name)
+
+    def discard_adapter(self, name: str) -> None:
+        """Forget what was staged, if anything was."""
+        self._engine.require_store().discard(name)
 
     def adapters(self) -> list[AdapterStatus]:
         return self._engine.adapters()

@@ -48,6 +48,7 @@ TABLE: Mapping[type[errors.LoramuxError], Row] = {
     errors.UnsupportedModel: Row(500, SERVER, "unsupported_model"),
     errors.EngineError: Row(500, SERVER, "engine_error"),
     errors.EngineStopped: Row(503, SERVER, "engine_stopped"),
+    errors.ReplicaLost: Row(503, SERVER, "engine_stopped"),
     errors.AdapterLoadFailed: Row(500, SERVER, "adapter_load_failed"),
     errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
 }

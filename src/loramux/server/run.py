@@ -195,7 +195,9 @@ class _Life:
         """Say when the server is ready; end it when the engine dies."""
         while not self._server.started:
             await asyncio.sleep(POLL_S / 10)
-        _announce(self._engine, self._config, self._listener.getsockname()[1])
+        adapters = self._engine.adapters()
+        model = adapters[0].ref.name if adapters else self._engine.config.model_names[0]
+        announce(self._config, self._listener.getsockname()[1], model)
         while self._engine.failure is None:
             await asyncio.sleep(POLL_S)
         logger.error("the engine has died", exc_info=self._engine.failure)
@@ -226,14 +228,13 @@ class _Life:
         self._serving.cancel()
 
 
-def _announce(engine: AsyncEngine, config: ServerConfig, port: int) -> None:
-    """Where the server is, and a command that tries it."""
+def announce(config: ServerConfig, port: int, model: str) -> None:
+    """Where the server is, and a command that tries it with `model`."""
     shown = f"[{config.host}]" if ":" in config.host else config.host
     print(f"Listening on http://{shown}:{port}", flush=True)
     reachable = "127.0.0.1" if config.host in ANY_ADDRESS else shown
-    adapters = engine.adapters()
     body = {
-        "model": adapters[0].ref.name if adapters else engine.config.model_names[0],
+        "model": model,
         "messages": [{"role": "user", "content": "Write one sentence about the sea."}],
         "max_tokens": 32,
     }

@@ -1,0 +1,183 @@
+"""An AsyncEngine that is one of several: its adapters are the catalog's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from loramux.engine.service import AsyncEngine
+from loramux.errors import (
+    AdapterExists,
+    AdapterLoadFailed,
+    AdapterRejected,
+    EngineStopped,
+    LoramuxError,
+)
+from loramux.replicas.catalog import Entry, State
+from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class CatalogClient(Protocol):
+    """`Catalog` as a replica reaches it. Raises its errors, or EngineStopped if it is out of reach."""
+
+    async def state(self, known: int = -1) -> State | None: ...
+    async def confirm(self, refs: Sequence[AdapterRef]) -> list[str]: ...
+    async def load(self, name: str, path: str, replace: bool) -> AdapterRef: ...
+    async def unload(self, name: str) -> None: ...
+
+
+class MemberEngine(AsyncEngine):
+    """What a replica's app talks to. `join` before it serves.
+
+    A change that a client asks for goes to the catalog, whose `stage`, `publish`, `discard` and
+    `withdraw` come back to every member.
+    """
+
+    catalog: CatalogClient
+    known: State
+    _missing: dict[str, str]  # name -> why this replica cannot serve it
+    _changes: asyncio.Lock
+
+    async def join(self, catalog: CatalogClient) -> None:
+        """Load what the catalog has. Raises LoramuxError when an adapter of the start cannot be."""
+        self.catalog = catalog
+        self.known = State(revision=-1)
+        self._missing = {}
+        self._changes = asyncio.Lock()
+        await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """Come to the catalog's state, if this is not it."""
+        async with self._changes:
+            while (state := await self.catalog.state(self.known.revision)) is not None:
+                await self._adopt(state)
+
+    async def _adopt(self, state: State) -> None:
+        own = {status.ref.name: status.ref.digest for status in super().adapters()}
+        for name in own.keys() - state.entries.keys():
+            await super().remove_adapter(name)
+        self._missing = {}
+        first_read = []
+        for entry in state.entries.values():
+            if entry.ref is None:  # of the start: whoever cannot read it does not start
+                first_read.append(await self._read_first(entry, own))
+            elif own.get(entry.name) != entry.ref.digest:
+                await self._read_again(entry, entry.ref)
+        for name in await self.catalog.confirm(first_read) if first_read else ():
+            raise AdapterRejected(
+                name,
+                ["another replica read another version from its path"],
+                remedy="put the same files under this path on every node",
+            )
+        read = {ref.name: ref for ref in first_read}
+        entries = {
+            name: Entry(name, entry.path, read.get(name, entry.ref))
+            for name, entry in state.entries.items()
+        }
+        self.known = State(state.revision, entries, state.started_s)
+
+    async def _read_first(self, entry: Entry, own: dict[str, str]) -> AdapterRef:
+        return await super().add_adapter(entry.name, entry.path, load_inplace=entry.name in own)
+
+    async def _read_again(self, entry: Entry, ref: AdapterRef) -> None:
+        """Serve the version that the others have, or remember why not."""
+        try:
+            read = await super().stage_adapter(entry.name, entry.path, load_inplace=True)
+            if read.digest == ref.digest:
+                super().publish_adapter(entry.name)
+                return
+            super().discard_adapter(entry.name)
+            reason = "its files have changed since it was loaded"
+        except AdapterExists:
+            raise  # a load of it is under way: try again afterwards
+        except LoramuxError as error:
+            reason = str(error)
+        logger.error("adapter %r cannot be served by this replica: %s", entry.name, reason)
+        self._missing[entry.name] = reason
+
+    # --- what the app sees ---------------------------------------------------------------------
+
+    def serves(self, name: str) -> bool:
+        store = self._engine.store
+        return store is not None and store.registry.current(name) is not None
+
+    def adapters(self) -> list[AdapterStatus]:
+        """One entry a served name; those too that only the other replicas can read."""
+        listed = super().adapters()
+        absent = [self.known.entries[n] for n in self._missing if n in self.known.entries]
+        return listed + [
+            AdapterStatus(entry.ref, users=0, on_host=False, on_device=False, load_s=None)
+            for entry in absent
+            if entry.ref is not None
+        ]
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        adapters: Sequence[AdapterUse] = (),
+    ) -> AsyncIterator[Delta]:
+        for use in adapters:
+            if (reason := self._missing.get(use.name)) is not None:
+                raise AdapterLoadFailed(
+                    f"this replica cannot serve adapter {use.name!r}: {reason}",
+                    remedy="load it again with load_inplace",
+                )
+        deltas = super().generate(request_id, prompt_token_ids, params, adapters)
+        try:
+            async for delta in deltas:
+                yield delta
+        finally:
+            await deltas.aclose()  # type: ignore[attr-defined]
+
+    async def add_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+        """Serve an adapter on every replica, or on none."""
+        return await self.catalog.load(name, path, load_inplace)
+
+    async def remove_adapter(self, name: str) -> None:
+        await self.catalog.unload(name)
+
+    # --- what the catalog asks for -------------------------------------------------------------
+
+    async def stage(self, name: str, path: str, replace: bool) -> AdapterRef:
+        return await super().stage_adapter(name, path, load_inplace=replace)
+
+    async def discard(self, name: str) -> None:
+        super().discard_adapter(name)
+
+    async def publish(self, name: str, digest: str, revision: int) -> None:
+        """Serve what was staged. Who has missed something, this stage even, catches up instead."""
+        async with self._changes:
+            if revision == self.known.revision + 1 and self.staged_digest(name) == digest:
+                ref = self.publish_adapter(name)
+                self._missing.pop(name, None)
+                entries = {**self.known.entries, name: Entry(name, ref.source, ref)}
+                self.known = State(revision, entries, self.known.started_s)
+                return
+            super().discard_adapter(name)
+        await self.catch_up()
+
+    async def withdraw(self, name: str, revision: int) -> None:
+        async with self._changes:
+            if revision == self.known.revision + 1:
+                if self.serves(name):
+                    await super().remove_adapter(name)
+                self._missing.pop(name, None)
+                entries = {k: entry for k, entry in self.known.entries.items() if k != name}
+                self.known = State(revision, entries, self.known.started_s)
+                return
+        await self.catch_up()
+
+    async def check(self) -> None:
+        """Raise EngineStopped if the engine has died; otherwise catch up, if that can be."""
+        if self.failure is not None:
+            raise EngineStopped(f"the engine has died: {self.failure!r}")
+        try:
+            await asyncio.wait_for(self.catch_up(), timeout=5.0)
+        except (LoramuxError, TimeoutError) as error:
+            logger.warning("cannot compare adapters with the catalog: %s", error)

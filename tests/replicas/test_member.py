@@ -1,0 +1,173 @@
+"""Real engines that share a catalog: what one of them loads, all serve; who was away learns it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramux.config import EngineConfig, LoRAConfig
+from loramux.errors import AdapterLoadFailed, AdapterRejected, EngineStopped
+from loramux.replicas.catalog import Catalog
+from loramux.replicas.member import MemberEngine
+from loramux.types import AdapterUse, SamplingParams
+from tiny import TinyWorld
+
+
+class Present:
+    """The members that can be reached, called as RemoteReplicas calls them."""
+
+    def __init__(self) -> None:
+        self.members: list[MemberEngine] = []
+
+    async def call(self, method: str, *arguments: Any) -> list[Any]:
+        async def one(member: MemberEngine) -> Any:
+            if method == "state":
+                return member.known
+            return await getattr(member, method)(*arguments)
+
+        return await asyncio.gather(*map(one, self.members), return_exceptions=True)
+
+
+class Club:
+    """A catalog and members of one tiny model."""
+
+    def __init__(self, world: TinyWorld, *names: str) -> None:
+        lora = LoRAConfig(max_loras=2, max_lora_rank=8, max_cpu_loras=4)
+        self.config = EngineConfig(
+            model=str(world.model), device="cpu", lora=lora, kv_cache_memory_bytes=4 << 20
+        )
+        self.world = world
+        self.present = Present()
+        self.catalog = Catalog([(n, str(world.adapters[n])) for n in names], self.present)
+        self.all: list[MemberEngine] = []
+
+    async def member(self) -> MemberEngine:
+        engine = await asyncio.to_thread(MemberEngine.create, self.config)
+        self.all.append(engine)
+        await engine.start()
+        await engine.join(self.catalog)
+        self.present.members.append(engine)
+        return engine
+
+    async def close(self) -> None:
+        for engine in self.all:
+            await engine.stop()
+
+
+Scenario = Callable[[Club], Coroutine[Any, Any, None]]
+
+
+def play(world: TinyWorld, scenario: Scenario, *names: str) -> None:
+    async def run() -> None:
+        club = Club(world, *names)
+        try:
+            await scenario(club)
+        finally:
+            await club.close()
+
+    asyncio.run(run())
+
+
+def names(engine: MemberEngine) -> list[str]:
+    return sorted(status.ref.name for status in engine.adapters())
+
+
+async def tokens(engine: MemberEngine, name: str) -> list[int]:
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    answer = engine.generate("r", [5, 6, 7], params, [AdapterUse(name)])
+    return [token async for delta in answer for token in delta.token_ids]
+
+
+def test_changes_reach_all_and_who_comes_later(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one, two = await club.member(), await club.member()
+        await one.add_adapter("b", str(tiny_world.adapters["b"]))
+        assert names(one) == names(two) == ["a", "b"]
+        assert await tokens(one, "b") == await tokens(two, "b")
+
+        club.present.members.remove(two)  # out of reach for a while
+        await one.remove_adapter("a")
+        await one.add_adapter("b", str(tiny_world.adapters["c"]), load_inplace=True)
+        assert names(two) == ["a", "b"] and await tokens(one, "b") != await tokens(two, "b")
+        await two.check()
+        assert names(two) == ["b"] and await tokens(one, "b") == await tokens(two, "b")
+
+        three = await club.member()
+        assert names(three) == ["b"] and await tokens(three, "b") == await tokens(one, "b")
+        digests = {status.ref.digest for engine in club.all for status in engine.adapters()}
+        assert len(digests) == 1
+
+    play(tiny_world, scenario, "a")
+
+
+def test_a_change_after_a_missed_one_brings_both(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one, two = await club.member(), await club.member()
+        club.present.members.remove(two)
+        await one.add_adapter("a", str(tiny_world.adapters["a"]))
+        club.present.members.append(two)
+        await one.add_adapter("b", str(tiny_world.adapters["b"]))
+        assert names(two) == ["a", "b"]
+        await one.remove_adapter("b")
+        assert names(one) == names(two) == ["a"]
+
+    play(tiny_world, scenario)
+
+
+def test_a_refusal_leaves_every_member_as_it_was(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one, two = await club.member(), await club.member()
+        before = await tokens(two, "a")
+        with pytest.raises(AdapterRejected):
+            await one.add_adapter("a", str(tiny_world.model), load_inplace=True)
+        assert names(one) == names(two) == ["a"] and await tokens(two, "a") == before
+        await two.add_adapter("a", str(tiny_world.adapters["b"]), load_inplace=True)
+        assert await tokens(one, "a") != before
+
+    play(tiny_world, scenario, "a")
+
+
+def test_a_newcomer_that_cannot_read_an_adapter_lists_it_and_says_why(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(tiny_world.adapters["a"], folder)
+
+    async def scenario(club: Club) -> None:
+        one = await club.member()
+        await one.add_adapter("x", str(folder))
+        shutil.copytree(tiny_world.adapters["b"], folder, dirs_exist_ok=True)
+        two = await club.member()
+        assert names(one) == names(two) == ["x"]
+        with pytest.raises(AdapterLoadFailed, match="files have changed"):
+            await tokens(two, "x")
+        assert await tokens(one, "x")
+        await one.add_adapter("x", str(folder), load_inplace=True)
+        assert await tokens(one, "x") == await tokens(two, "x")
+
+    play(tiny_world, scenario)
+
+
+def test_an_adapter_of_the_start_must_be_readable(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    async def scenario(club: Club) -> None:
+        club.catalog = Catalog([("x", str(tmp_path))], club.present)
+        with pytest.raises(AdapterRejected):
+            await club.member()
+
+    play(tiny_world, scenario)
+
+
+def test_a_dead_engine_fails_the_check(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one = await club.member()
+        one.failure = RuntimeError("lost")
+        with pytest.raises(EngineStopped, match="lost"):
+            await one.check()
+        one.failure = None
+
+    play(tiny_world, scenario)
