@@ -194,6 +194,24 @@ def test_no_adapter_starves_under_endless_traffic_for_another(ahead: bool) -> No
     world.scheduler.check_integrity()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_full_queue_of_many_adapters_is_not_computed_twice(ahead: bool) -> None:
+    """All lose patience; were they given way at once, most answers would begin anew and anew."""
+    rng = random.Random(4)
+    world = World(seqs=32, blocks=800, tokens=128, max_loras=8, patience=20, ahead=ahead)
+    names = [f"{i}" for i in range(60)]
+    weights = [1 / (1 + i) for i in range(60)]
+    sequences = [
+        world.add([i] * 24, answer=40, adapters=((rng.choices(names, weights)[0], 1.0),))
+        for i in range(300)
+    ]
+    computed = 0
+    while world.scheduler.has_work:
+        computed += world.step().num_tokens
+    assert all(sequence.finish_reason == "length" for sequence in sequences)
+    assert computed < 1.1 * 300 * (24 + 40)
+
+
 def test_a_load_that_fails_takes_out_exactly_its_requests() -> None:
     world = World()
     doomed = world.add([1] * 3, adapters=(("a", 1.0), ("b", 1.0)))

@@ -85,8 +85,9 @@ class EngineConfig(BaseModel):
     """Plan and launch the next step while one runs; default: on a GPU yes, on a CPU no."""
 
     adapter_patience_s: float = Field(default=2.0, ge=0)
-    """How long a request may wait for a place for its adapter, in seconds, before running ones
-    of other adapters are put back for it."""
+    """How long a request may wait for a place for its adapter, in seconds, before running ones of
+    other adapters are put back for it: those that came later, and earlier ones that had their turn,
+    which is as long where few run and longer where many would have to be computed again."""
 
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """`safetensors` refuses other weight files; `dummy` reads none and fills the model with random

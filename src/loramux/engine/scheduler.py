@@ -7,8 +7,8 @@ A sequence runs when it has blocks *and* its adapters are resident. Running deco
 running prefills, then the queue in order of age. The oldest that have to wait hold places all the
 same, so their adapters are on the device by the time they can run. A waiting sequence whose adapters
 find no place is passed by those behind it, but not for ever: after `adapter_patience_s` the adapters
-that were held longest give way to it, and their sequences go back to the queue (their blocks stay in
-the prefix cache, so little is computed twice).
+that were held longest give way to it, and their sequences go back to the queue: those that came
+later, and those that had their turn (their blocks stay in the prefix cache as long as it has room).
 
 A step may be planned while the one before runs:
 
@@ -33,6 +33,7 @@ from loramux.engine.sequence import Sequence
 from loramux.types import FinishReason
 
 PREFETCHED = 64  # waiting sequences that may hold places before they can run
+FEW = 8  # running sequences: with so many, turns are as long as the patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +227,13 @@ class Scheduler:
                 continue
             if sequence.num_pending:
                 continue  # preempted a moment ago; all its tokens will be known in the next step
-            count = self._start(sequence, budget)
+            count = self._start(sequence, budget, now)
             if count == 0:
                 break  # no blocks: those behind must not overtake
             scheduled[sequence] = count
             budget -= count
 
-    def _start(self, sequence: Sequence, budget: int) -> int:
+    def _start(self, sequence: Sequence, budget: int, now: float) -> int:
         """Give a waiting sequence its cached prefix and blocks; tokens it may compute, 0 if none."""
         prefix = sequence.cached_prefix(self.blocks)
         cached = len(prefix) * self.blocks.block_size
@@ -252,6 +253,7 @@ class Scheduler:
             self.blocks.queries += sequence.num_prompt
             self.blocks.hits += cached
         sequence.num_output_at_admission = sequence.num_output
+        sequence.admitted_at = now
         self.waiting.remove(sequence)
         self.running[sequence] = None
         return count
@@ -313,13 +315,24 @@ class Scheduler:
         for digest in self._places.held_before(now - self.limits.adapter_patience_s):
             if pool.can_hold(sequence.digests):
                 return
-            if digest in stuck:
+            holders = [s for s in self.running if digest in s.held]
+            if digest in stuck or not all(self._gives_way(s, sequence, now) for s in holders):
                 continue
-            for other in [s for s in self.running if digest in s.held]:
+            for other in holders:
                 self._preempt(other, now)
             for other in older:
                 if digest in other.held:
                     self._places.release(other)
+
+    def _gives_way(self, running: Sequence, waiting: Sequence, now: float) -> bool:
+        """Whether one that runs may be put back for one that waits: it came later, or had its turn.
+
+        What is put back is computed again. So that this takes a small part of the time only, turns
+        are the longer, the more sequences would be put back in each."""
+        if running.queued_at > waiting.queued_at:
+            return True
+        turn = max(1.0, len(self.running) / FEW) * self.limits.adapter_patience_s
+        return now - running.admitted_at >= turn
 
 
 def _by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:

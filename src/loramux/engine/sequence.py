@@ -45,6 +45,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     admitted_once: bool = False
     num_output_at_admission: int = 0
+    admitted_at: float = 0.0
     _table: tuple[int, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
