@@ -1,7 +1,7 @@
 """Adapters from host memory to a GPU while the steps go on: nothing here waits for their stream.
 
     host buffer ──> pinned ring ──> staging ──────> scatter ──────> event
-       (memcpy)        (copy engine)     (one kernel, after the step launched last)
+       (memcpy)        (copy engine)     (one kernel, after the last step to read there)
     └─ this thread ─┘└──────────── a stream of its own ───────────┘
 
 Only the thread that loads waits, and for that event alone.
@@ -60,7 +60,7 @@ class DeviceLoader:
     ) -> None:
         """Write `weights` into the rows of `load`; they are there when this returns.
 
-        `after` is the event of the step launched last, which may still read what stood there.
+        `after` is the event of the newest step that reads what stood there, if one still may.
         Raises AdapterLoadFailed when the GPU has no memory for it.
         """
         with self._ours(load.ref.name):

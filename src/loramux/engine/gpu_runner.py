@@ -20,7 +20,7 @@ from loramux.config import EngineConfig, ModelFacts
 from loramux.config.graphs import REREAD_BYTES, REREAD_POSITIONS, active_buckets, row_buckets
 from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import make_planner
-from loramux.engine.gpu_running import GpuRunning
+from loramux.engine.gpu_running import GpuRunning, event_behind_all
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
 from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
@@ -37,6 +37,7 @@ from loramux.engine.packing import (
     runs_of,
 )
 from loramux.engine.plan import AdapterLoad, Row, StepPlan
+from loramux.engine.reading import Reading, places_of
 from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
 from loramux.engine.singles import Limits, single_tokens
@@ -61,7 +62,7 @@ class GpuRunner(Runner):
         super().__init__(attached, config, facts)
         self.config = config
         self._on_gpu = self._device.type == "cuda"
-        self.last_step: torch.cuda.Event | None = None  # fires when the newest step is done
+        self.reading = Reading() if self._on_gpu else None
         self._sampler = Sampler(self._device)
         self._ranks: dict[int, int] = {}  # first pool row -> rank rows
         self._previous: dict[int, int] = {}  # sequence -> place of its token in `_chosen`
@@ -104,7 +105,7 @@ class GpuRunner(Runner):
 
     @torch.inference_mode()
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
-        self._ranks[load.first_row] = load.ref.max_r + -load.ref.max_r % self._deal
+        self._ranks[load.first_row] = self._rows_of(load)
         super().load(load, weights)
 
     def _choose_tokens(self, rows: Sequence[Row], output: StepOutput) -> GpuRunning:
@@ -116,9 +117,8 @@ class GpuRunner(Runner):
             self._chosen[: len(kept)] = choice.tokens
         self.group.broadcast(self._chosen[: len(kept)])
         self._previous = {row.sequence_id: place for place, row in enumerate(kept)}
-        if self._on_gpu:
-            self.last_step = torch.cuda.Event()
-            self.last_step.record()
+        if self.reading is not None:
+            self.reading.launched(event_behind_all(), places_of(rows, self._ranks))
         return GpuRunning(kept, choice)
 
     def _choose_lora(self, runs: Sequence[Run], tokens: int) -> LoRAChoice | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from loramux.engine.plan import Row, StepResult
 from loramux.engine.sampler import Choice
 
@@ -21,3 +23,10 @@ class GpuRunning:
         sampled = self.choice.read()
         ids = (row.sequence_id for row in self.rows)
         return StepResult(dict(zip(ids, sampled, strict=True)))
+
+
+def event_behind_all() -> torch.cuda.Event:
+    """An event that fires when all that was queued on the current stream is done."""
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -58,7 +58,7 @@ class Places:
         """Give back what `sequence` holds, at once.
 
         A step that reads these rows may still be running: the runner lets a load into them wait for
-        the step launched last.
+        it.
         """
         for digest in sequence.held:
             assert self._pool is not None

@@ -17,6 +17,7 @@ from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
 from loramux.config.memory import pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
 from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
+from loramux.engine.reading import Reading
 from loramux.errors import ConfigError
 from loramux.kernels import LoRASite
 from loramux.layers.sharded import ShardedLinear
@@ -86,7 +87,7 @@ class Runner(ABC):
             for site in self.attached.sites:
                 site.attach_site(rows, lora_dtype, under_weight=under)
 
-    last_step: torch.cuda.Event | None = None  # fires when the newest step is done
+    reading: Reading[torch.cuda.Event] | None = None  # where steps run behind the host
     extends_products = False  # whether A stands under the base weights
 
     @abstractmethod
@@ -106,10 +107,16 @@ class Runner(ABC):
         Raises AdapterLoadFailed when the device has no memory for it.
         """
         own, dealt = self._parts(weights)
-        self._write(self._loader, self._sites, load, own)
+        reading, rows = self.reading, self._rows_of(load)
+        after = None if reading is None else reading.until(load.first_row, rows)
+        self._write(self._loader, self._sites, load, own, after)
         if dealt is not None:
             place = AdapterLoad(dealt.ref, load.first_row // self._deal)
-            self._write(self._dealt_loader, self._dealt_sites, place, dealt)
+            self._write(self._dealt_loader, self._dealt_sites, place, dealt, after)
+
+    def _rows_of(self, load: AdapterLoad) -> int:
+        """Rank rows of the pool that an adapter takes."""
+        return load.ref.max_r + -load.ref.max_r % self._deal
 
     def rehearse(self, weights: AdapterWeights) -> None:
         """All of a load that can fail, but the writing, before an adapter is served at all.
@@ -134,9 +141,10 @@ class Runner(ABC):
         sites: Sequence[LoRASite],
         load: AdapterLoad,
         weights: AdapterWeights,
+        after: torch.cuda.Event | None,
     ) -> None:
         if loader is not None:
-            loader.load(load, weights, after=self.last_step)
+            loader.load(load, weights, after=after)
             return
         rows = slice(load.first_row, load.first_row + weights.ref.max_r)
         first = load.first_row
