@@ -31,9 +31,12 @@ def seeded() -> None:
     torch.manual_seed(7)
 
 
-def make_planner(heads: tuple[int, int], kinds: tuple[Kind, ...] = KINDS) -> FlashInferPlanner:
+def make_planner(
+    heads: tuple[int, int], kinds: tuple[Kind, ...] = KINDS, max_rows: int = 0
+) -> FlashInferPlanner:
     return FlashInferPlanner(
-        torch.device("cuda"), *heads, DIM, SIZE, DTYPE, kinds, max_batch=16, max_blocks=2048
+        *(torch.device("cuda"), *heads, DIM, SIZE, DTYPE, kinds),
+        **{"max_batch": 16, "max_blocks": 2048, "max_rows": max_rows},
     )
 
 
@@ -170,11 +173,14 @@ class Graph:
 
 
 def test_one_graph_serves_every_plan() -> None:
-    planner = make_planner((8, 2))
-    large, small = (Graph(planner, size, (8, 2), 400) for size in (16, 4))
+    planner = make_planner((8, 2), max_rows=48)
+    whole, large, small = (Graph(planner, size, (8, 2), 600) for size in (48, 16, 4))
     for lengths, graph in (
         (DECODE, small),
         (DECODE * 4, large),
+        # More rows than work is cut for: those of two prompts beside decodes; all, and few.
+        ([(1, n) for n in (*range(1, 31), *range(200, 216))] + [(1, 700)] * 2, whole),
+        ([(1, 40)] * 20, whole),
         ([(1, 5000)], small),
         ([(1, 9)] * 7, large),
         ([(1, 1)], small),

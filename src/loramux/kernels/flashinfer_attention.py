@@ -209,13 +209,16 @@ class FlashInferPlanner:
         for lane in self._lanes.values():
             wrapper = lane.decoders.get(batch_size if graph else 0)
             host = self._ring.take(lane.lists.numel())
+            # Not cut, the work of a batch size always has the same layout. FlashInfer's own way to
+            # keep one for graphs would leave its spare programs without a mark that they are spare.
+            padded = graph and not self._whole(batch_size)
             if wrapper is None:
-                wrapper = self._first_decode(lane, host, step, graph)
+                wrapper = self._first_decode(lane, host, step, padded)
                 lane.decoders[batch_size if graph else 0] = wrapper
             else:
-                wrapper._plan_info = self._decode_lists(lane, wrapper, host, step, graph)
+                wrapper._plan_info = self._decode_lists(lane, wrapper, host, step, padded)
             self._ring.sent()
-            if not graph:
+            if not padded:
                 wrapper._qo_indptr_buf = self._device_ramp[: batch_size + 1]
             self._point(wrapper, buffers, 0, batch_size)
             lane.decoder = wrapper
