@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loramux.server.run import AdapterSource
 
 DEBUG_VARIABLE = "LORAMUX_DEBUG"
+API_KEY_VARIABLE = "LORAMUX_API_KEY"  # a command line can be read by everybody on a machine
 EXIT_REFUSED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -336,6 +337,8 @@ def _model_of(given: argparse.Namespace) -> str:
 
 def _serve(given: argparse.Namespace) -> int:
     config = settings_from(EngineConfig, given, model=_model_of(given), lora=lora_settings(given))
+    if key := os.environ.get(API_KEY_VARIABLE):  # empty counts as unset
+        given.api_key = getattr(given, "api_key", key)
     server_config = settings_from(ServerConfig, given)
     replica_config = settings_from(ReplicaConfig, given)
     drop_neutral({name: getattr(given, name) for name in NEUTRAL if name in given})

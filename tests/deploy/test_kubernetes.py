@@ -66,6 +66,8 @@ def settings_of(pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Setting
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "serve", serve)
+        for variable in container["env"]:
+            patch.setenv(variable["name"], variable.get("value", "from a secret"))
         assert main(line) == 0, line
     return served[0]
 

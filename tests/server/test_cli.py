@@ -35,6 +35,19 @@ def test_defaults(served: list[Any]) -> None:
     assert served == [(EngineConfig(model="m"), ServerConfig(), [])]
 
 
+def test_the_key_may_come_from_the_environment(
+    served: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"": None, "secret": "secret"}
+    for value, expected in keys.items():
+        monkeypatch.setenv("LORAMUX_API_KEY", value)
+        assert main(["serve", "m"]) == 0
+        key = served.pop()[1].api_key
+        assert (key and key.get_secret_value()) == expected
+    assert main(["serve", "m", "--api-key", "other"]) == 0
+    assert served.pop()[1].api_key.get_secret_value() == "other", "a flag goes first"
+
+
 def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> None:
     flags = (
         "serve m --tokenizer t --revision r --served-model-name a b --dtype float32 --device cpu "

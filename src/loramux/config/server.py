@@ -19,7 +19,8 @@ class ServerConfig(BaseModel):
     """Port to listen on; 0 takes a free one."""
 
     api_key: SecretStr | None = None
-    """If set, every `/v1` request must carry it as a bearer token."""
+    """If set, every `/v1` request must carry it as a bearer token. `loramux serve` also takes it from
+    `LORAMUX_API_KEY`, where no list of processes shows it."""
 
     allow_runtime_lora_updating: bool = False
     """Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`. Needs `lora_root`."""
