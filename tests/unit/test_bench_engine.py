@@ -212,6 +212,25 @@ def test_decode_plans_an_engine_for_every_count_and_rank(tmp_path: Path) -> None
     assert plan["rank-8-under-64"].marks["rank"] == 8
 
 
+def test_ranks_are_planned_with_both_shardings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*SMALL, "--batches", "2", "--adapters", "0", "2", "--fully-sharded-loras"]
+    with pytest.raises(SystemExit):
+        decode.parse(line)
+    assert "--tensor-parallel-size" in capsys.readouterr().err
+    options = decode.parse([*line, "--tensor-parallel-size", "2"])
+    made = sitting(tmp_path, "decode", options)
+    plan = dict(decode.jobs(made))
+    assert list(plan) == ["lora-off", "max-loras-2", "max-loras-2-fully"]
+    assert all(job.settings["tensor_parallel_size"] == 2 for job in plan.values())
+    fully = plan["max-loras-2-fully"]
+    assert fully.settings["fully_sharded_loras"] and fully.marks["fully_sharded_loras"]
+    assert "fully_sharded_loras" not in plan["max-loras-2"].settings
+    one = StepFloor(made.config, CEILINGS).decode_ms(2, 10, 1000)
+    assert made.floor().decode_ms(2, 10, 1000) == pytest.approx(one / 2)
+
+
 def test_rows_are_compared_with_the_engine_without_lora(tmp_path: Path) -> None:
     made = sitting(tmp_path, "decode", decode.parse(SMALL))
     row = {"case": "decode", "system": "loramux", "batch": 8, "adapters": 0, "decode_ms": 4.0}

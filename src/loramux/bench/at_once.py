@@ -66,6 +66,9 @@ def add_options(group: Any) -> None:
     group.add_argument("--targets", nargs="+", default=list(LINEARS), choices=LINEARS)
     group.add_argument("--device", default="auto")
     group.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="spread over N GPUs (1)"
+    )
+    group.add_argument(
         "--settings", type=json.loads, default={}, metavar="JSON", help="more arguments of LLM"
     )
     group.add_argument(

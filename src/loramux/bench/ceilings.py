@@ -121,6 +121,7 @@ class StepFloor:
     config: dict[str, Any]
     ceilings: Ceilings
     itemsize: int = 2
+    tensor_parallel_size: int = 1  # devices that share the work, and whose links cost nothing
 
     @property
     def layer_weights(self) -> int:
@@ -143,14 +144,14 @@ class StepFloor:
         bandwidth, rate = self.ceilings.copy_bytes_s, self.ceilings.gemm_flop_s
         products = max(weights * self.itemsize / bandwidth, 2 * weights * batch / rate)
         moved = batch * context * self.kv_bytes_per_token + adapter_bytes
-        return 1000 * (products + moved / bandwidth)
+        return 1000 * (products + moved / bandwidth) / self.tensor_parallel_size
 
     def throughput_tok_s(
         self, requests: int, input_len: int, output_len: int, batch: int, adapter_bytes: int
     ) -> float:
         """Output tokens/s if prefill ran at the product rate and decode at `decode_ms`."""
         rate = self.ceilings.gemm_flop_s
-        prefill_s = requests * input_len * 2 * self.layer_weights / rate
+        prefill_s = requests * input_len * 2 * self.layer_weights / rate / self.tensor_parallel_size
         batch = min(batch, requests)
         steps = (output_len - 1) * requests / batch
         step_ms = self.decode_ms(batch, input_len + output_len / 2, adapter_bytes)

@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loramux.bench.jobs import Job, Say
@@ -50,6 +51,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="an engine with max_loras = N for every N of --adapters",
     )
     parser.add_argument(
+        "--fully-sharded-loras",
+        action="store_true",
+        help="also: every engine with adapters once more with fully_sharded_loras",
+    )
+    parser.add_argument(
         "--ranks",
         nargs="?",
         const="8:16,8:64",
@@ -61,6 +67,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.repeats < 1 or min(options.batches) < 1 or options.output_len < 4:
         parser.error("--repeats and --batches must be at least 1, --output-len 4")
+    if options.fully_sharded_loras and options.tensor_parallel_size < 2:
+        parser.error("--fully-sharded-loras needs --tensor-parallel-size 2 or more")
     try:
         options.ranks = _pairs(options.ranks)
     except ValueError:
@@ -86,6 +94,15 @@ def _body(sitting: Sitting) -> None:
 
 def jobs(sitting: Sitting) -> Iterator[tuple[str, Job]]:
     """The engines, the one without LoRA first: the others' rows are compared with its."""
+    for name, job in _jobs(sitting):
+        yield name, job
+        if sitting.options.fully_sharded_loras and job.adapters:
+            fully = {"fully_sharded_loras": True}
+            settings, marks = {**job.settings, **fully}, {**job.marks, **fully}
+            yield f"{name}-fully", replace(job, settings=settings, marks=marks)
+
+
+def _jobs(sitting: Sitting) -> Iterator[tuple[str, Job]]:
     options = sitting.options
     batches = options.batches
     most = max(options.adapters)
@@ -239,7 +256,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["system"],
         str(row["batch"]),
         str(row["adapters"]),
-        str(row["max_loras"]) if enabled else "off",
+        f"{row['max_loras']}{' fully' if row.get('fully_sharded_loras') else ''}"
+        if enabled
+        else "off",
         f"{row['rank']}/{row['max_lora_rank']}" if enabled else "",
         f"{row['decode_ms']:.3f}",
         f"{row['spread_ms']:.3f}",

@@ -77,6 +77,9 @@ def add_engine(parser: Any) -> None:
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (16)")
     parser.add_argument("--targets", nargs="+", default=list(LINEARS), choices=LINEARS)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="spread over N GPUs (1)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--settings", type=json.loads, default={}, metavar="JSON", help="more arguments of LLM"
@@ -130,10 +133,15 @@ class Sitting:
             **({"load_format": "dummy"} if self.options.model is None else {}),
             **({"max_num_seqs": max_num_seqs} if max_num_seqs else {}),
             **({"device": device} if device != "auto" else {}),
+            **self._ranks(),
             "max_model_len": max_model_len,
             **({"enable_lora": True, **lora} if lora else {}),
             **self.options.settings,
         }
+
+    def _ranks(self) -> dict[str, int]:
+        ranks = getattr(self.options, "tensor_parallel_size", 1)
+        return {"tensor_parallel_size": ranks} if ranks > 1 else {}
 
     def adapters(self, count: int, rank: int) -> list[str]:
         """Folders of `count` adapters; those of the largest count serve every smaller one."""
@@ -154,7 +162,7 @@ class Sitting:
         from loramux.bench.ceilings import StepFloor
 
         assert self.ceilings is not None
-        return StepFloor(self.config, self.ceilings)
+        return StepFloor(self.config, self.ceilings, **self._ranks())
 
     def run(
         self,
@@ -164,7 +172,7 @@ class Sitting:
     ) -> None:
         """The job on every system; `finish` completes each row with what only the driver knows."""
         for system, command in self.commands.items():
-            marks = {"system": system, **job.marks}
+            marks = {"system": system, **self._ranks(), **job.marks}
             ours = Job(**{**_fields(job), "marks": marks, "ceilings": self.ceilings is None})
             label, patience = f"{system}-{name}", self.options.patience
             for row in run_worker(command, ours, self.folder, label, patience, self.say):
