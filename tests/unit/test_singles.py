@@ -22,6 +22,12 @@ def limits(tokens: int, positions: int, cut: int = 1000) -> Limits:
     return Limits(tokens, positions, cut)
 
 
+def test_limits_are_those_of_the_graphs() -> None:
+    assert Limits.of([], 8, 1024) == Limits(0, 1 << 19, 0), "nothing is captured"
+    assert Limits.of([1, 8, 64], 16, 1024) == Limits(64, 1 << 19, 8)
+    assert Limits.of([512], 256, 1 << 20) == Limits(512, 40 << 10, 0)
+
+
 def test_decodes_are_left_alone() -> None:
     rows = [row(0, 1, 9), Row(1, (PENDING,), 7, (1, 2), (), SAMPLE)]
     assert single_tokens(rows, BLOCK, limits(2, 0)) is rows

@@ -17,7 +17,7 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.graphs import REREAD_BYTES, REREAD_POSITIONS, active_buckets, row_buckets
+from loramux.config.graphs import REREAD_POSITIONS, active_buckets, row_buckets
 from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import make_planner
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
@@ -79,9 +79,8 @@ class GpuRunner(Runner):
             self._chooser = self._make_chooser(facts)
         with self._taking("graphs", needs.graphs):
             self._graphs = self._capture()
-            positions = min(REREAD_POSITIONS, REREAD_BYTES // facts.kv_bytes_per_token)
-            largest = self._graphs.sizes[-1] if self._graphs else 0
-            self._limits = Limits(largest, positions, cut=config.max_num_seqs)
+            sizes = self._graphs.sizes if self._graphs else []
+            self._limits = Limits.of(sizes, config.max_num_seqs, facts.kv_bytes_per_token)
         if self._on_gpu:
             with self._taking("activations", needs.activations):
                 self.warm_up()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loramux.config.graphs import REREAD_BYTES, REREAD_POSITIONS
 from loramux.engine.plan import Row
 
 LONGEST_WHOLE = 8192  # positions that one program may read alone without holding up a step
@@ -31,6 +32,13 @@ class Limits:
     cut: int
     """Tokens up to which attention cuts the work of one token among many programs. In larger steps
     a token that attends to more than `LONGEST_WHOLE` positions would be waited for."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], sequences: int, kv_bytes_per_token: int) -> Limits:
+        """For the captured `sizes`, where attention cuts the work of up to `sequences` tokens."""
+        positions = min(REREAD_POSITIONS, REREAD_BYTES // kv_bytes_per_token)
+        cut = max((size for size in sizes if size <= sequences), default=0)
+        return cls(max(sizes, default=0), positions, cut)
 
 
 def single_tokens(rows: Sequence[Row], block_size: int, limits: Limits) -> Sequence[Row] | None:
