@@ -190,6 +190,10 @@ class FakeEngine:
             callback(ref, 0.5)
         return ref
 
+    async def add_adapters(self, sources: Sequence[tuple[str, str]]) -> AsyncIterator[AdapterRef]:
+        for name, path in sources:
+            yield await self.add_adapter(name, path)
+
     async def remove_adapter(self, name: str) -> None:
         if self.served.pop(name, None) is None:
             raise AdapterNotFound(f"{name!r} is not served", field="lora_name")

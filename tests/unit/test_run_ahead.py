@@ -333,6 +333,26 @@ def test_an_adapter_is_read_when_its_request_arrives(ahead: LLM, tiny_world: Tin
             engine.inbox.wait(0.01)
 
 
+def test_what_is_ready_is_written_by_the_reader_as_well(ahead: LLM, tiny_world: TinyWorld) -> None:
+    """However soon the reader has it: the step loop's thread, which asks, must not wait for a copy."""
+    store = ahead.engine.store
+    assert store is not None
+    ref = store.add("ready", str(tiny_world.adapters["a"]))
+    threads: list[str] = []
+    loads = AdapterLoads(
+        store,
+        lambda load, weights: threads.append(threading.current_thread().name),
+        lambda ref, failure: threads.append(f"failed: {failure}") if failure else None,
+    )
+    for _ in range(100):
+        loads.start(AdapterLoad(ref, 0))
+    store.fetch(ref).result()  # behind them all
+    assert len(threads) == 100 and {name.rpartition("_")[0] for name in threads} == {
+        "adapter-reader"
+    }
+    store.remove("ready")
+
+
 def test_prefetches_are_few_and_never_doubled() -> None:
     asked: list[tuple[str, Future[Any]]] = []
 

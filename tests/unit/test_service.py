@@ -10,7 +10,7 @@ import pytest
 
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.engine.service import AsyncEngine
-from loramux.errors import EngineStopped, UnknownModel
+from loramux.errors import AdapterNotFound, EngineStopped, UnknownModel
 from loramux.types import AdapterUse, SamplingParams
 from tiny import TinyWorld
 
@@ -48,6 +48,30 @@ async def _leave_early(engine: AsyncEngine, name: str, adapter: str) -> None:
     async for _ in stream:
         break
     await stream.aclose()  # type: ignore[attr-defined]
+
+
+def test_many_adapters_are_served_in_their_order(
+    engine: AsyncEngine, tiny_world: TinyWorld
+) -> None:
+    paths = {name: str(path) for name, path in tiny_world.adapters.items()}
+    wanted = [(f"{name}{i}", paths[name]) for i in range(2) for name in "dacb"]
+
+    async def run() -> None:
+        await engine.start()
+        engine._engine.require_store().checkers = 3
+        added = [ref.name async for ref in engine.add_adapters(wanted)]
+        served = [status.ref.name for status in engine.adapters()]
+        assert added == served == [name for name, _ in wanted]
+        more = [("good", paths["a"]), ("bad", paths["a"] + "/no"), ("late", paths["b"])]
+        with pytest.raises(AdapterNotFound):
+            async for _ in engine.add_adapters(more):
+                pass
+        names = {status.ref.name for status in engine.adapters()}
+        assert "good" in names and not names & {"bad", "late"}
+        await engine.add_adapter("late", paths["b"])  # nobody holds the name
+        await engine.stop(0.0)
+
+    asyncio.run(run())
 
 
 def test_traffic_with_live_changes(engine: AsyncEngine, tiny_world: TinyWorld) -> None:

@@ -41,10 +41,14 @@ def _read(file: int, start: int, view: memoryview) -> None:
         done += count
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    here = hasattr(os, "sched_getaffinity")  # not on every system
+    return len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+
+
 @cache
 def _readers() -> ThreadPoolExecutor | None:
     """The threads, or None where the cores are too few for more than one."""
-    here = hasattr(os, "sched_getaffinity")  # not on every system
-    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
-    count = min(MOST_READERS, cores // CORES_A_READER)
+    count = min(MOST_READERS, cores() // CORES_A_READER)
     return ThreadPoolExecutor(count, thread_name_prefix="adapter-bytes") if count > 1 else None

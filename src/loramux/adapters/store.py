@@ -1,7 +1,7 @@
-"""Adapters from disk to host memory, in a thread of their own: the step loop never waits for a file.
+"""Adapters from disk to host memory, in threads of their own: the step loop never waits for a file.
 
 add(name, folder)   read, check, digest -> registry, host cache     (blocks the caller only)
-fetch(ref)          host cache, or read again from the source             (returns a Future)
+bring(ref, use)     host cache, or read again from the source, then use(weights)   (the reader)
 
 A file that is provably the one that was checked is read again as bytes; any other is checked and
 hashed anew.
@@ -12,13 +12,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from loramux.adapters.files import CORES_A_READER, cores
 from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
@@ -29,6 +32,8 @@ from loramux.schema import ModelSchema
 from loramux.types import AdapterRef, AdapterStatus
 
 logger = logging.getLogger(__name__)
+
+MOST_CHECKERS = 4
 
 
 def _compute_alone() -> None:
@@ -48,6 +53,10 @@ class _Staged:
     weights: AdapterWeights
     load_s: float
     claim: contextlib.ExitStack
+
+
+def _threads(count: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_compute_alone)
 
 
 class AdapterStore:
@@ -77,9 +86,11 @@ class AdapterStore:
         self._staged: dict[str, _Staged] = {}  # by name
         self.on_load: Callable[[AdapterRef, float], None] | None = None
         # One reader: two would only compete for the same disk and cores.
-        self._reader = ThreadPoolExecutor(
-            1, thread_name_prefix="adapter-reader", initializer=_compute_alone
-        )
+        self._reader = _threads(1, "adapter-reader")
+        # Others check and hash what is new, which takes longer than requests should wait for theirs.
+        self.checkers = max(1, min(MOST_CHECKERS, cores() // CORES_A_READER))
+        self._checker = _threads(self.checkers, "adapter-checker")
+        self._rehearsing = threading.Lock()
 
     def add(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
         """Serve the adapter in `path` under `name`.
@@ -98,8 +109,9 @@ class AdapterStore:
         with contextlib.ExitStack() as claim:
             claim.enter_context(self.registry.loading(name, replace=replace))
             start = time.perf_counter()
-            weights = self._reader.submit(self._read, name, path).result()
-            self._rehearse(weights)
+            weights = self._checker.submit(self._read, name, path).result()
+            with self._rehearsing:
+                self._rehearse(weights)
             load_s = time.perf_counter() - start
             self._staged[name] = _Staged(weights, load_s, claim.pop_all())
         return weights.ref
@@ -132,6 +144,10 @@ class AdapterStore:
         files are gone or have changed since."""
         return self._reader.submit(self._fetch, ref)
 
+    def bring(self, ref: AdapterRef, use: Callable[[Callable[[], AdapterWeights]], None]) -> None:
+        """Call `use` in the reader's thread, with what gets the weights or raises AdapterLoadFailed."""
+        self._reader.submit(use, partial(self._fetch, ref))
+
     def status(self, on_device: Callable[[str], bool]) -> list[AdapterStatus]:
         """One entry a served name."""
         rows = []
@@ -150,7 +166,8 @@ class AdapterStore:
         return rows
 
     def close(self) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._reader, self._checker):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, name: str, path: str) -> AdapterWeights:
         self.reads += 1

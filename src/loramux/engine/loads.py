@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 
 from loramux.adapters.store import AdapterStore
@@ -45,7 +44,7 @@ class AdapterLoads:
 
     def start(self, load: AdapterLoad) -> None:
         """Bring an adapter to the device."""
-        self._store.fetch(load.ref).add_done_callback(partial(self._place, load))
+        self._store.bring(load.ref, partial(self._place, load))
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Have an adapter in host memory soon, if it is not there. A failure shows when it is used."""
@@ -56,10 +55,10 @@ class AdapterLoads:
             self._prefetching.add(digest)
             self._store.fetch(ref).add_done_callback(lambda _: self._prefetching.discard(digest))
 
-    def _place(self, load: AdapterLoad, future: Future[AdapterWeights]) -> None:
+    def _place(self, load: AdapterLoad, weights: Callable[[], AdapterWeights]) -> None:
         failure: LoramuxError | None = None
         try:
-            self._write(load, future.result())
+            self._write(load, weights())
         except LoramuxError as error:
             failure = error
         except Exception as error:  # memory, or a bug: this request ends, the server does not

@@ -156,6 +156,24 @@ class AsyncEngine:
         """Read an adapter in a worker thread and serve it. See `Engine.add_adapter`."""
         return await asyncio.to_thread(self._engine.add_adapter, name, path, replace=load_inplace)
 
+    async def add_adapters(self, sources: Sequence[tuple[str, str]]) -> AsyncIterator[AdapterRef]:
+        """Read the adapters of (name, path), several at a time, and serve them in this order.
+
+        Raises what `add_adapter` does for the first that fails, behind those served until then."""
+        at_once = self._engine.require_store().checkers if sources else 1
+        for start in range(0, len(sources), at_once):
+            some = sources[start : start + at_once]
+            staged = await asyncio.gather(
+                *(self.stage_adapter(name, path) for name, path in some), return_exceptions=True
+            )
+            for (name, _), found in zip(some, staged, strict=True):
+                if isinstance(found, BaseException):
+                    for (other, _), ref in zip(some, staged, strict=True):
+                        if not isinstance(ref, BaseException):
+                            self.discard_adapter(other)
+                    raise found
+                yield self.publish_adapter(name)
+
     async def remove_adapter(self, name: str) -> None:
         """Stop serving an adapter; requests in flight finish on it. Raises AdapterNotFound."""
         self._engine.remove_adapter(name)

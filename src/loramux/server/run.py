@@ -141,10 +141,9 @@ async def _load_all(engine: AsyncEngine, adapters: Sequence[AdapterSource]) -> N
     )
     with Progress(*columns, console=Console(stderr=True), disable=not adapters) as progress:
         task = progress.add_task("adapters", total=len(adapters), adapter="")
-        for source in adapters:
-            progress.update(task, adapter=source.name)
-            await engine.add_adapter(check_name(source.name), source.path)
-            progress.advance(task)
+        sources = [(check_name(source.name), source.path) for source in adapters]
+        async for ref in engine.add_adapters(sources):
+            progress.update(task, advance=1, adapter=ref.name)
 
 
 class _Server(uvicorn.Server):
