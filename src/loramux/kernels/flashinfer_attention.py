@@ -337,13 +337,11 @@ class FlashInferPlanner:
         lane, count, caches = self._lanes[kind], self._decodes, (k_cache, v_cache)
         if not self._rows or q.shape[0] != self._rows:
             raise RuntimeError(f"no plan for {q.shape[0]} rows. This is a bug.")
-        if count in (0, self._rows):
-            wrapper = lane.decoder if count else lane.prefill
-            whole: torch.Tensor = wrapper.run(q, caches)  # [T, H, D]
-            return whole
-        out = torch.empty_like(q)  # [T, H, D]
-        lane.decoder.run(q[:count], caches, out=out[:count])
-        lane.prefill.run(q[count:], caches, out=out[count:])
+        out = torch.empty_like(q)  # [T, H, D] FlashInfer's own would be filled with zeros first
+        if count:
+            lane.decoder.run(q[:count], caches, out=out[:count])
+        if count < self._rows:
+            lane.prefill.run(q[count:], caches, out=out[count:])
         return out
 
     def _geometry(self) -> tuple[int, int, int, int]:
