@@ -8,10 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from loramux.engine.packing import PackedStep
+from loramux.kernels import AttentionBatch
 from loramux.kernels.flashinfer_attention import FlashInferPlanner, PlanBuffers, available
 from loramux.layers.attention import PagedAttention
 
 logger = logging.getLogger(__name__)
+
+Lists = tuple[list[int], list[int]]
+"""Of the sequences of a step: where their rows begin, and how many positions each has."""
 
 
 def make_planner(
@@ -55,3 +59,36 @@ def _reason_against(
 def _buffers(packed: PackedStep) -> PlanBuffers:
     names = ("page_starts", "pages", "last_page_lens", "prefill_starts")
     return PlanBuffers(*(packed.view(packed.device, name) for name in names))
+
+
+def attention_batch(
+    packed: PackedStep,
+    planner: FlashInferPlanner | None,
+    count: int,
+    max_queries: int,
+    lists: Lists,
+    widest: int,
+) -> AttentionBatch:
+    """What attention reads of a packed step of `count` sequences.
+
+    `widest`: blocks that a row of the block tables has room for."""
+    view, buffer = packed.view, packed.device
+    starts = view(buffer, "page_starts")[:count]  # [Q]
+    if planner is None:
+        pages = view(buffer, "pages")
+        columns = torch.arange(widest, device=buffer.device)  # [max_blocks]
+        places = (starts.unsqueeze(1) + columns).clamp(max=len(pages) - 1)
+        tables = pages[places]  # [Q, max_blocks]
+    else:
+        tables = starts.unsqueeze(1)  # the planner has the pages; nobody reads this
+    batch = AttentionBatch(
+        block_tables=tables,
+        query_starts=lists[0],
+        context_lens=lists[1],
+        query_starts_tensor=view(buffer, "query_starts")[: count + 1],
+        context_lens_tensor=view(buffer, "context_lens")[:count],
+        max_queries=max_queries,
+    )
+    if planner is not None:
+        batch.notes["flashinfer"] = planner
+    return batch

@@ -19,7 +19,7 @@ from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.graphs import REREAD_POSITIONS, active_buckets, row_buckets
 from loramux.config.memory import captured_sizes, pool_rank
-from loramux.engine.attention_plans import make_planner
+from loramux.engine.attention_plans import Lists, attention_batch, make_planner
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
 from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
 from loramux.engine.logits import SharedLogits, likeliest
@@ -41,6 +41,7 @@ from loramux.engine.reading import Reading, places_of
 from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
 from loramux.engine.singles import Limits, single_tokens
+from loramux.engine.trial import failing_sizes, trial_rows
 from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up
 from loramux.kernels import AttentionBatch, WorkList, take_tokens
@@ -84,6 +85,7 @@ class GpuRunner(Runner):
         if self._on_gpu:
             with self._taking("activations", needs.activations):
                 self.warm_up()
+                self.try_prompts()
 
     # --- a step --------------------------------------------------------------------------------
 
@@ -286,6 +288,21 @@ class GpuRunner(Runner):
         finally:
             self._ranks = known
 
+    @torch.inference_mode()
+    def try_prompts(self) -> None:
+        """Before any request: captured steps with prompts must do what launching does, or none is used.
+
+        Writes to blocks that nobody has yet."""
+        rows, most, graphs = trial_rows(self.block_size), self.config.max_num_seqs, self._graphs
+        if graphs is None or len(rows) > most or rows[-1].block_table[-1] >= self.num_blocks:
+            return
+        launch = partial(self._run_eagerly, choice=None)
+        failing = failing_sizes(graphs, rows, self.block_size, launch, self._replay, most)
+        if failing := self.group.share(failing, self._device):
+            logger.warning("graphs of %s tokens compute prompts wrong: they are launched", failing)
+            graphs.sizes = [size for size in graphs.sizes if size <= most]
+            self._limits = Limits(max(graphs.sizes, default=0), 0, self._limits.cut)
+
     # --- both ----------------------------------------------------------------------------------
 
     def _forward(
@@ -335,34 +352,9 @@ class GpuRunner(Runner):
         return logits[0]  # [B, V]
 
     def _attention_batch(
-        self,
-        packed: PackedStep,
-        count: int,
-        max_queries: int,
-        lists: tuple[list[int], list[int]],
-        widest: int,
+        self, packed: PackedStep, count: int, most: int, lists: Lists, widest: int
     ) -> AttentionBatch:
-        """`widest`: blocks that a row of the block tables has room for."""
-        view, buffer = packed.view, packed.device
-        starts = view(buffer, "page_starts")[:count]  # [Q]
-        if self._planner is None:
-            pages = view(buffer, "pages")
-            columns = torch.arange(widest, device=buffer.device)  # [max_blocks]
-            places = (starts.unsqueeze(1) + columns).clamp(max=len(pages) - 1)
-            tables = pages[places]  # [Q, max_blocks]
-        else:
-            tables = starts.unsqueeze(1)  # the planner has the pages; nobody reads this
-        batch = AttentionBatch(
-            block_tables=tables,
-            query_starts=lists[0],
-            context_lens=lists[1],
-            query_starts_tensor=view(buffer, "query_starts")[: count + 1],
-            context_lens_tensor=view(buffer, "context_lens")[:count],
-            max_queries=max_queries,
-        )
-        if self._planner is not None:
-            batch.notes["flashinfer"] = self._planner
-        return batch
+        return attention_batch(packed, self._planner, count, most, lists, widest)
 
     def _lora_step(
         self, packed: PackedStep, chunks: int, rows_per_chunk: int, base_rows: int, width: int

@@ -95,7 +95,16 @@ class DecodeGraphs:
             disable=not sys.stderr.isatty(),
             console=Console(stderr=True),
         ):
-            self.capture(key)
+            try:
+                self.capture(key)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                if key.kept is None:
+                    raise
+                # Steps with prompts can do without; a later key of this size may fail the same.
+                logger.exception("steps of %d tokens cannot be captured", key.tokens)
+                self.sizes = [size for size in self.sizes if size != key.tokens]
 
     @torch.inference_mode()
     def capture(self, key: GraphKey) -> Captured:
