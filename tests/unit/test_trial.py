@@ -13,7 +13,7 @@ import torch
 
 from gpu.replaying import CpuReplayingRunner, use_seen_runner
 from loramux import LLM, SamplingParams
-from loramux.engine.graphs import DecodeGraphs, GraphKey, StepOutput
+from loramux.engine.graphs import GraphKey, StepGraphs, StepOutput
 from tiny import save_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -79,7 +79,7 @@ def test_a_size_that_cannot_be_captured_is_left_out() -> None:
     def forward(key: GraphKey) -> StepOutput:
         raise RuntimeError(f"no {key.tokens}")
 
-    class Graphs(DecodeGraphs):
+    class Graphs(StepGraphs):
         def capture(self, key: GraphKey) -> Any:
             return self._forward(key)
 
@@ -88,3 +88,23 @@ def test_a_size_that_cannot_be_captured_is_left_out() -> None:
     assert graphs.sizes == [4]
     with pytest.raises(RuntimeError, match="no 4"):
         graphs.capture_all([GraphKey(4).keeping(4)])
+    graphs = Graphs([4, 64], lambda key: None, forward)
+    with pytest.raises(RuntimeError, match="no 64"):  # the other ranks may have captured it
+        graphs.capture_all([GraphKey(64).keeping(4)], alone=False)
+
+
+def test_a_chunk_that_samples_nothing_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(save_model(tmp_path / "model"))
+    prompts = [{"prompt_token_ids": [5 + i for i in range(45)]}, *PROMPTS[:1]]
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_memory": "1MiB"}
+    settings |= {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+    with LLM(model, **settings) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)]
+    use_seen_runner(monkeypatch, "cpu")
+    with LLM(model, cudagraph_capture_sizes=[4, 16], **settings) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)] == expected
+        events = _runner(llm).events
+    assert {event.kind for event in events} == {"replay"}
+    assert any(event.rows == 1 and event.tokens == 16 for event in events)

@@ -60,7 +60,7 @@ def _threads(count: int, name: str) -> ThreadPoolExecutor:
 
 
 class AdapterStore:
-    """Registry and host cache over a reader thread."""
+    """Registry and host cache over one thread that reads again, and others that check what is new."""
 
     def __init__(
         self,

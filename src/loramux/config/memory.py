@@ -30,7 +30,7 @@ GIB = 1 << 30
 
 SPARE_BYTES = 256 * MIB  # never planned: kernels that are first used later, and fragments
 LIBRARY_BYTES = 64 * MIB  # cuBLAS keeps 32 MiB a stream that multiplies: the steps' and a side one
-GRAPH_BYTES = 2 * MIB  # of the driver, for one captured decode step of some 300 launches
+GRAPH_BYTES = 2 * MIB  # of the driver, for one captured step of some 300 launches
 MOST_PRODUCT_ROWS = 1024  # pool rows in a base product; more are cheaper in a kernel of their own
 ROW_STEP = 16  # the pool's rows come in these, see `layers/linear.py`
 LOADER_STEP = 32 * MIB  # the staging memory of a load grows in these

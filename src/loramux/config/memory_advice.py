@@ -25,7 +25,7 @@ NAMES: dict[Part, str] = {
     "pool": "the adapter pool",
     "kv_cache": "the KV cache",
     "workspace": "the workspaces of attention and steps",
-    "graphs": "the CUDA graphs of decode steps",
+    "graphs": "the CUDA graphs of small steps",
     "activations": "the largest step",
 }
 LEAST_STEP = 256 * MIB  # lower by less, and the next start may fail at the next allocation
@@ -151,8 +151,7 @@ def _fewer_graphs(config: EngineConfig, facts: ModelFacts, short: int) -> list[W
     return [
         (
             "cudagraph_capture_sizes",
-            "capture fewer decode steps (--cudagraph-capture-sizes 1 8 32) or none "
-            "(--enforce-eager)",
+            "capture fewer steps (--cudagraph-capture-sizes 1 8 32) or none (--enforce-eager)",
         )
     ]
 

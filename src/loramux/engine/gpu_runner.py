@@ -1,4 +1,4 @@
-"""The runner for GPUs: packed steps, captured decode graphs, results read a step later.
+"""The runner for GPUs: packed steps, captured graphs, results read a step later.
 
     fill a host buffer ── plan attention ── one copy ── replay or run ── choose tokens ── copy back
           (host)             (host)          └────────────── one stream, nobody waits ─────────┘
@@ -21,7 +21,7 @@ from loramux.config.graphs import REREAD_POSITIONS, active_buckets, row_buckets
 from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import Lists, attention_batch, make_planner
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
-from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
+from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
 from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import (
@@ -51,7 +51,7 @@ from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
 
-MEMBERS_A_ROW = 4  # room for adapters in the buffer of a decode step, copied whole
+MEMBERS_A_ROW = 4  # room for adapters in the buffer of a captured step, copied whole
 
 
 class GpuRunner(Runner):
@@ -222,14 +222,14 @@ class GpuRunner(Runner):
             )
         return self._logits_place.first(count)  # [count, V]
 
-    def _capture(self) -> DecodeGraphs | None:
+    def _capture(self) -> StepGraphs | None:
         if not self._on_gpu or self.config.enforce_eager:
             return None
         sizes = captured_sizes(self.config)
-        graphs = DecodeGraphs(sizes, self._prepare_capture, self._forward_captured)
+        graphs = StepGraphs(sizes, self._prepare_capture, self._forward_captured)
         start = time.perf_counter()
-        graphs.capture_all(self._graph_keys(sizes))
-        logger.info("captured %d decode graphs in %.1f s", len(graphs), time.perf_counter() - start)
+        graphs.capture_all(self._graph_keys(sizes), alone=self.group.size == 1)
+        logger.info("captured %d steps in %.1f s", len(graphs), time.perf_counter() - start)
         return graphs
 
     def _graph_keys(self, sizes: Sequence[int]) -> list[GraphKey]:

@@ -1,8 +1,8 @@
 """Small steps captured once and replayed: one launch instead of hundreds.
 
 A graph is right for every step that its key covers, whatever adapters are in it: what differs from
-step to step is read from the packed buffer on the device. Keys are few: batch sizes, times how many
-pool rows the base product takes along, times (with `specialize_active_lora`) how many compositions
+step to step is read from the packed buffer on the device. Keys are few: numbers of tokens, times how
+many pool rows the base product takes along, times (with `specialize_active_lora`) how many compositions
 there can be.
 """
 
@@ -58,7 +58,7 @@ class Captured:
     output: StepOutput
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Graphs by key. `prepare` makes the device ready for a step of a key (plans, contents),
     `forward` runs it on the static buffers."""
 
@@ -78,7 +78,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def size_for(self, tokens: int) -> int | None:
-        """The smallest captured batch size that holds `tokens`; None: run it without a graph."""
+        """The smallest captured size that holds `tokens`; None: run it without a graph."""
         at = bisect.bisect_left(self.sizes, tokens)
         return self.sizes[at] if at < len(self.sizes) else None
 
@@ -86,23 +86,27 @@ class DecodeGraphs:
         """The graph of `key`, if it has been captured."""
         return self._graphs.get(key)
 
-    def capture_all(self, keys: Iterable[GraphKey]) -> None:
-        """Capture what is missing of `keys`, the largest first so that the rest fits in its memory."""
+    def capture_all(self, keys: Iterable[GraphKey], *, alone: bool = True) -> None:
+        """Capture what is missing of `keys`, the largest first so that the rest fits in its memory.
+
+        `alone`: no other rank has to capture the same. Then steps with prompts may fail, whose size is
+        left out."""
         missing = sorted(set(keys) - set(self._graphs), key=lambda key: -key.tokens)
         for key in track(
             missing,
-            "capturing decode graphs",
+            "capturing steps",
             disable=not sys.stderr.isatty(),
             console=Console(stderr=True),
         ):
+            if key.tokens not in self.sizes:
+                continue
             try:
                 self.capture(key)
             except torch.OutOfMemoryError:
                 raise
             except Exception:
-                if key.kept is None:
+                if key.kept is None or not alone:
                     raise
-                # Steps with prompts can do without; a later key of this size may fail the same.
                 logger.exception("steps of %d tokens cannot be captured", key.tokens)
                 self.sizes = [size for size in self.sizes if size != key.tokens]
 

@@ -15,13 +15,14 @@ from itertools import chain
 import numpy as np
 import torch
 
+from loramux.config.graphs import LARGEST
 from loramux.engine.plan import PENDING, Row
 
 Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
 CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
 # Rows that a LoRA program takes together: B is read once. Steps of up to so many tokens: that many.
-CHUNKS = ((64, 8), (1024, 16))
+CHUNKS = ((64, 8), (LARGEST, 16))
 FEWEST_DECODES = 4  # in a mixed step: fewer are not worth kernels of their own
 LARGE_CHUNK = 64  # of larger steps, which no graph captures
 

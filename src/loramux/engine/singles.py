@@ -1,4 +1,4 @@
-"""Small steps with prompts in them, as steps that a decode graph serves.
+"""Small steps with prompts in them, as steps that the graph of a decode serves.
 
     prompt  a b c at 0        a: 1 position    b: 2 positions    c: 3 positions
     decode  d at 40     ──>   d: 41 positions

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
+from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
 from loramux.engine.plan import Row, SampleSpec
 from loramux.engine.singles import Limits, single_tokens
 from loramux.types import SamplingParams
@@ -35,7 +35,7 @@ def trial_rows(block_size: int) -> list[Row]:
 
 
 def failing_sizes(
-    graphs: DecodeGraphs,
+    graphs: StepGraphs,
     rows: Sequence[Row],
     block_size: int,
     launch: Callable[[Sequence[Row]], StepOutput],
