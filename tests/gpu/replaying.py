@@ -16,7 +16,7 @@ import torch
 from loramux.config.memory import captured_sizes
 from loramux.engine import engine as engine_module
 from loramux.engine import gpu_runner
-from loramux.engine.graphs import Captured, DecodeGraphs, GraphKey, StepOutput
+from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
 from loramux.engine.lora_choice import LoRAChoice
 from loramux.engine.plan import AdapterLoad, Row
 from loramux.kernels import AttentionBatch
@@ -126,7 +126,7 @@ class Again:
             getattr(self._output, name).copy_(getattr(output, name))
 
 
-class CpuGraphs(DecodeGraphs):
+class CpuGraphs(StepGraphs):
     """Graphs that need no GPU."""
 
     @torch.inference_mode()
@@ -141,7 +141,7 @@ class CpuGraphs(DecodeGraphs):
 class CpuReplayingRunner(SeenRunner):
     """The same on a CPU."""
 
-    def _capture(self) -> DecodeGraphs | None:
+    def _capture(self) -> StepGraphs | None:
         if self.config.enforce_eager:
             return None
         sizes = captured_sizes(self.config)
