@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -33,6 +34,7 @@ STYLES: dict[str, tuple[Kind, bool]] = {
 
 # A group waits this long for a rank that is busy; one that has died is noticed at once elsewhere.
 PATIENCE = timedelta(hours=1)
+LEAVE_S = 10.0  # for the communicator to end
 MEETING = timedelta(minutes=2)  # all have come up when they are told to meet
 
 
@@ -211,6 +213,15 @@ class Group:
         """End what is running and let nobody wait for it; from any thread."""
         if self._group is not None and hasattr(self._group, "abort"):
             self._group.abort()
+
+    def close(self, wait_s: float = LEAVE_S) -> None:
+        """Leave, when the other ranks have left or will. Captured graphs must be gone: a communicator
+        that is part of one never ends, and would hold up the end of the process."""
+        if self._group is None or self._staged:
+            return
+        thread = threading.Thread(target=self.abort, name="group-close", daemon=True)
+        thread.start()
+        thread.join(wait_s)
 
     def _there(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu() if self._staged else tensor

@@ -125,6 +125,8 @@ class Again:
         for name in ("logits", "greedy", "ids"):
             getattr(self._output, name).copy_(getattr(output, name))
 
+    def reset(self) -> None: ...
+
 
 class CpuGraphs(StepGraphs):
     """Graphs that need no GPU."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from loramux import LLM, LoRARequest, SamplingParams
@@ -26,3 +29,25 @@ def test_two_gpus_answer_as_one(tiny_world: TinyWorld, eager: bool, fully: bool)
         together = llm.generate(PROMPTS, GREEDY, lora_request=loras)
         llm.engine.check_integrity()
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+
+
+ONCE = """
+import sys
+from loramux import LLM, SamplingParams
+settings = dict(device="cuda", tensor_parallel_size=2, max_num_seqs=4, kv_cache_memory_bytes=1 << 26)
+with LLM(sys.argv[1], **settings) as llm:
+    llm.generate(["a"], SamplingParams(max_tokens=2))
+    print("answered", flush=True)
+"""
+
+
+def test_a_process_ends_when_its_graphs_had_collectives(tiny_world: TinyWorld) -> None:
+    """A communicator waits for the graphs that it takes part in."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ONCE, str(tiny_world.model)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "answered\n"
+        assert process.wait(30) == 0
+    finally:
+        process.kill()

@@ -42,6 +42,9 @@ class LateDevice:
         self._queue: list[tuple[StepPlan, Future[StepResult]]] = []
         self._lock = threading.Lock()
 
+    def close(self) -> None:
+        self.runner.close()
+
     def launch(self, plan: StepPlan) -> SimpleNamespace:
         self.pending_rows += sum(row.token_ids[-1] == PENDING for row in plan.rows)
         result: Future[StepResult] = Future()

@@ -67,6 +67,8 @@ def test_wrong_graphs_go(llm: LLM, caplog: pytest.LogCaptureFixture, wrong: str)
             logits = captured.output.logits
             logits.copy_(torch.randn_like(logits) if wrong == "logits" else logits * torch.nan)
 
+        def reset(self) -> None: ...
+
     broken: Any = Broken()
     runner._graphs._graphs[key] = dataclasses.replace(captured, graph=broken)
     runner.try_prompts()

@@ -245,6 +245,7 @@ class Engine:
         self._drop_in_flight()
         if self.team is not None:
             self.team.close()
+        self.runner.close()
 
     def stats(self) -> EngineStats:
         """Counters at this moment; the cumulative ones never go down."""

@@ -52,6 +52,9 @@ def main(descriptor: int) -> None:
     """The whole life of a rank's process."""
     link = Link(socket.socket(fileno=descriptor))
     follow(link, leave=os._exit)
+    logging.shutdown()
+    # Taking a communicator down in order waits for captured graphs, and can wait for other ranks.
+    os._exit(0)
 
 
 def follow(link: Link, leave: Callable[[int], object]) -> None:

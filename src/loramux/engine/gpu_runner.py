@@ -109,6 +109,10 @@ class GpuRunner(Runner):
         self._ranks[load.first_row] = self._rows_of(load)
         super().load(load, weights)
 
+    def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
+
     def _choose_tokens(self, rows: Sequence[Row], output: StepOutput) -> GpuRunning:
         kept = [row for row in rows if row.sample is not None]
         specs = [row.sample for row in kept if row.sample is not None]

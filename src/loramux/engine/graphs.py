@@ -125,3 +125,9 @@ class StepGraphs:
         self._pool = self._pool or graph.pool()
         captured = self._graphs[key] = Captured(graph, output)
         return captured
+
+    def clear(self) -> None:
+        """Give up all graphs. A communicator cannot end while one that it takes part in is there."""
+        for captured in self._graphs.values():
+            captured.graph.reset()
+        self._graphs.clear()

@@ -79,6 +79,11 @@ class LeadingRunner:
         load = AdapterLoad(weights.ref, 0)
         self._team.load(load, weights, partial(self._runner.rehearse, weights), rehearsal=True)
 
+    def close(self) -> None:
+        """Of this rank; the others leave when `Team.close` tells them to."""
+        self._runner.close()
+        self._team.group.close()
+
 
 MakeRunner = Callable[[Attached, EngineConfig, ModelFacts], Runner]
 

@@ -114,6 +114,9 @@ class Runner(ABC):
             place = AdapterLoad(dealt.ref, load.first_row // self._deal)
             self._write(self._dealt_loader, self._dealt_sites, place, dealt, after)
 
+    def close(self) -> None:  # noqa: B027
+        """Give up what would keep the ranks from parting; nothing is launched afterwards."""
+
     def _rows_of(self, load: AdapterLoad) -> int:
         """Rank rows of the pool that an adapter takes."""
         return load.ref.max_r + -load.ref.max_r % self._deal
