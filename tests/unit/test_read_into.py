@@ -17,11 +17,11 @@ from loramux.adapters.files import FileChanged, read_into
 def _readers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(files, "PIECE", 1000)
     if request.param == "one thread":
-        monkeypatch.setattr(files, "_readers", lambda: None)
+        monkeypatch.setattr(files, "copiers", lambda: None)
         yield
         return
     with ThreadPoolExecutor(3) as pool:
-        monkeypatch.setattr(files, "_readers", lambda: pool)
+        monkeypatch.setattr(files, "copiers", lambda: pool)
         yield
 
 

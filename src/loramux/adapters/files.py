@@ -1,4 +1,4 @@
-"""Bytes of a file into memory, by several threads: one core copies far less than a machine can."""
+"""Bytes of adapters into memory, by several threads: one core copies far less than a machine can."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 PIECE = 8 << 20  # bytes: long beside handing it to a thread
-MOST_READERS = 4
-CORES_A_READER = 2  # the others compute
+MOST_COPIERS = 8
+CORES_A_COPIER = 2  # the others compute
 
 
 class FileChanged(OSError):
@@ -20,13 +20,13 @@ def read_into(file: int, start: int, view: memoryview) -> None:
 
     The lock of the interpreter is free meanwhile. Raises FileChanged where the file ends too early,
     or another OSError."""
-    readers = _readers()
-    if readers is None or len(view) <= PIECE:
+    threads = copiers()
+    if threads is None or len(view) <= PIECE:
         _read(file, start, view)
         return
     pieces = range(0, len(view), PIECE)
     # All of them end before this returns or raises: what they fill may be used again afterwards.
-    reads = [readers.submit(_read, file, start + at, view[at : at + PIECE]) for at in pieces]
+    reads = [threads.submit(_read, file, start + at, view[at : at + PIECE]) for at in pieces]
     errors = [error for read in reads if (error := read.exception()) is not None]
     if errors:
         raise errors[0]
@@ -48,7 +48,7 @@ def cores() -> int:
 
 
 @cache
-def _readers() -> ThreadPoolExecutor | None:
+def copiers() -> ThreadPoolExecutor | None:
     """The threads, or None where the cores are too few for more than one."""
-    count = min(MOST_READERS, cores() // CORES_A_READER)
+    count = min(MOST_COPIERS, cores() // CORES_A_COPIER)
     return ThreadPoolExecutor(count, thread_name_prefix="adapter-bytes") if count > 1 else None

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from loramux.adapters.files import CORES_A_READER, cores
+from loramux.adapters.files import CORES_A_COPIER, cores
 from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
@@ -88,7 +88,7 @@ class AdapterStore:
         # One reader: two would only compete for the same disk and cores.
         self._reader = _threads(1, "adapter-reader")
         # Others check and hash what is new, which takes longer than requests should wait for theirs.
-        self.checkers = max(1, min(MOST_CHECKERS, cores() // CORES_A_READER))
+        self.checkers = max(1, min(MOST_CHECKERS, cores() // CORES_A_COPIER))
         self._checker = _threads(self.checkers, "adapter-checker")
         self._rehearsing = threading.Lock()
 

@@ -2,7 +2,7 @@
 
     host buffer ──> pinned ring ──> staging ──────> scatter ──────> event
        (memcpy)        (copy engine)     (one kernel, after the last step to read there)
-    └─ this thread ─┘└──────────── a stream of its own ───────────┘
+    └──  threads  ──┘└──────────── a stream of its own ───────────┘
 
 Only the thread that loads waits, and for that event alone.
 """
@@ -17,13 +17,12 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.engine.plan import AdapterLoad
+from loramux.engine.ring import CHUNK_BYTES, CHUNKS, Ring
 from loramux.errors import AdapterLoadFailed
 from loramux.kernels import LoRASite
 from loramux.kernels.triton_scatter import ScatterTable, SliceSource, scatter
 from loramux.schema import ModelSchema
 
-CHUNK_BYTES = 4 << 20  # small, so that the copy engine starts soon; large enough to keep it busy
-CHUNKS = 8
 STAGING_STEP = 32 << 20  # staging grows in these, so that similar adapters share one
 TABLE_ALIGNMENT = 128
 
@@ -43,15 +42,14 @@ class DeviceLoader:
         self._device = device
         self._modules = {m.name: (m.site, m.slice_index) for m in schema.modules.values()}
         self._table = ScatterTable(sites)
-        self._ring = torch.empty(chunks, chunk_bytes, dtype=torch.uint8, pin_memory=True)
-        self._turn = 0
         self._staging: torch.Tensor | None = None  # [bytes] uint8
         self._lock = threading.Lock()
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)
             # Waiting on them puts the thread to sleep: it would spin beside the step loop's.
-            self._free = [torch.cuda.Event(blocking=True) for _ in range(chunks)]
             self._done = torch.cuda.Event(blocking=True)
+            free = [torch.cuda.Event(blocking=True) for _ in range(chunks)]
+            self._ring = Ring(free, chunk_bytes=chunk_bytes)
             self._prepare()
 
     @torch.inference_mode()
@@ -115,16 +113,13 @@ class DeviceLoader:
         }
 
     def _send(self, host: torch.Tensor, staging: torch.Tensor, at: int) -> None:
-        """Copy `host` [bytes] to staging[at:], a chunk at a time; the last ones are on their way."""
-        for start in range(0, host.numel(), self._ring.shape[1]):
-            part = host[start : start + self._ring.shape[1]]  # [chunk_bytes] or fewer
-            turn, self._turn = self._turn, (self._turn + 1) % len(self._free)
-            self._free[turn].synchronize()
-            pinned = self._ring[turn, : part.numel()]
-            pinned.copy_(part)
+        """Copy `host` [bytes] to staging[at:]; the last of it is on its way when this returns."""
+
+        def pass_on(start: int, pinned: torch.Tensor) -> None:
             place = at + start
-            staging[place : place + part.numel()].copy_(pinned, non_blocking=True)
-            self._free[turn].record(self._stream)
+            staging[place : place + pinned.numel()].copy_(pinned, non_blocking=True)
+
+        self._ring.send(host, pass_on, self._stream)
 
     def _reserve(self, size: int) -> torch.Tensor:
         """Staging memory of this stream, which nothing uses: a load waits for its own end."""
