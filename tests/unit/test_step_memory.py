@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from loramux.config import EngineConfig
 from loramux.config.memory import _layer_bytes
-from loramux.models import fuse
+from loramux.models import proof
 from loramux.models.loader import load_model
 from tiny import VOCAB, save_model
 
@@ -63,9 +63,10 @@ def test_the_largest_step_is_no_larger_than_planned(
     loaded = load_model(EngineConfig(model=str(model), device="cpu"))
     attached, decoder = loaded.attached, loaded.attached.decoder
     assert decoder is not None
-    monkeypatch.setattr(fuse, "CHECKED_TOKENS", TOKENS)
+    monkeypatch.setattr(proof, "BLOCK", TOKENS)
     ids = torch.randint(VOCAB, (TOKENS,))
-    with torch.inference_mode(), fuse._small_step(attached), Alive() as alive:
+    step = proof.small_step(attached, 0, TOKENS)
+    with torch.inference_mode(), proof.small_cache(attached), step, Alive() as alive:
         decoder.forward(ids, torch.tensor([TOKENS - 1]))
     planned = _layer_bytes(TOKENS, None, loaded.facts)
     assert 0.9 * planned <= alive.peak <= planned

@@ -23,6 +23,7 @@ class PagedAttention:
         self.value_shape: tuple[int, int] | None = None
         self.kind: AttentionKind = (0.0, 0, 0.0)  # seen in the probe
         self.num_heads = 0  # likewise
+        self.calls = 0  # without a cache; in the probe, one a layer
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
         self._batch = batch
@@ -79,6 +80,7 @@ class PagedAttention:
         self.key_shape = (k.shape[1], k.shape[2])
         self.value_shape = (v.shape[1], v.shape[2])
         self.num_heads = q.shape[1]
+        self.calls += 1
         return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2])  # [1, T, H, Dv]
 
 

@@ -193,6 +193,12 @@ def _used(model: PreTrainedModel, attentions: list[PagedAttention]) -> list[Page
             field="model",
             remedy="models with other kinds of layer state are not served yet",
         )
+    if twice := sorted(attention.layer for attention in used if attention.calls > 1):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not served: its layers {twice[:8]} attend more than once, and a "
+            "layer has one place for keys and values",
+            field="model",
+        )
     return used
 
 

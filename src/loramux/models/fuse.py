@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from loramux.kernels import Activation, AttentionBatch, rms_norm
+from loramux.kernels import Activation, rms_norm
 from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.models.attach import Attached
 from loramux.models.layers import FusedDecoder, FusedLayer, Norm
 from loramux.models.norms import FusedRMSNorm
+from loramux.models.proof import small_cache, small_step
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +196,7 @@ def _compare(attached: Attached, decoder: FusedDecoder) -> None:
     generator = torch.Generator().manual_seed(0)
     vocab = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(vocab, (CHECKED_TOKENS,), generator=generator).to(attached.device)  # [T]
-    with _small_step(attached):
+    with small_cache(attached), small_step(attached, 0, CHECKED_TOKENS):
         expected, seen = _own_forward(model, ids)  # [T, V]
         for index, (layer, (x, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
             norm = layer.before_attention
@@ -246,27 +245,3 @@ def _check_layer(
         raise NotStandardError(
             f"layer {index} differs from its own forward by {float(error / branch):.1e}"
         )
-
-
-@contextmanager
-def _small_step(attached: Attached) -> Iterator[None]:
-    """A cache of one block and a step in which one sequence runs from its start."""
-    device, count, batch = attached.device, CHECKED_TOKENS, attached.batch
-    for attention in attached.attentions:
-        attention.allocate(1, 16, attached.model.dtype, str(device))
-    on_cpu = device.type == "cpu"
-    batch.slots = torch.arange(count, device=device, dtype=torch.int64 if on_cpu else torch.int32)
-    batch.positions = torch.arange(count, device=device, dtype=torch.int32)  # [T]
-    batch.attention = AttentionBatch(
-        block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
-        query_starts=[0, count],
-        context_lens=[count],
-        query_starts_tensor=torch.tensor([0, count], dtype=torch.int32, device=device),
-        context_lens_tensor=torch.tensor([count], dtype=torch.int32, device=device),
-    )
-    try:
-        yield
-    finally:
-        batch.clear()
-        for attention in attached.attentions:
-            attention.free()

@@ -27,6 +27,7 @@ from loramux.models.device_memory import DeviceMemory, device_memory, refused_wh
 from loramux.models.fill import fill_from_checkpoint, fill_random, materialise
 from loramux.models.fuse import fuse
 from loramux.models.measure import measure
+from loramux.models.proof import check_paging
 from loramux.models.shards import Shards, cut_model
 from loramux.parallel import ALONE, Group, PlannedGroup
 
@@ -85,6 +86,8 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
             model.to(device)
         model.eval().requires_grad_(False)
         attached = attach(model, config.lora, shards)
+        if group.size == 1:
+            check_paging(attached)
         attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
     facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()
