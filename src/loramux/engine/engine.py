@@ -25,6 +25,7 @@ import torch
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig, plan_memory
 from loramux.engine.answers import AnswerWriter
+from loramux.engine.collector import settle
 from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
 from loramux.engine.leading import start
@@ -36,13 +37,7 @@ from loramux.engine.scheduler import make_scheduler
 from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
 from loramux.engine.validation import validate_request
-from loramux.errors import (
-    EngineError,
-    EngineStopped,
-    InvalidField,
-    LoramuxError,
-    Overloaded,
-)
+from loramux.errors import EngineError, EngineStopped, InvalidField, LoramuxError, Overloaded
 from loramux.models.text import TextProcessor
 from loramux.schema import ModelSchema
 from loramux.types import (
@@ -111,6 +106,7 @@ class Engine:
         self.team = started.team
         if self.team is not None:
             self.team.when_lost(lambda _: self.inbox.post(lambda: None))  # wakes the loop
+        self._unsettle = settle()
 
     # --- requests, from any thread -------------------------------------------------------------
 
@@ -246,6 +242,7 @@ class Engine:
         if self.team is not None:
             self.team.close()
         self.runner.close()
+        self._unsettle()
 
     def stats(self) -> EngineStats:
         """Counters at this moment; the cumulative ones never go down."""

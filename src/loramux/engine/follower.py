@@ -23,6 +23,7 @@ from dataclasses import replace
 import torch
 
 from loramux.adapters.weights import AdapterWeights
+from loramux.engine.collector import settle
 from loramux.engine.devices import make_runner
 from loramux.engine.link import (
     SIGN_S,
@@ -107,13 +108,17 @@ class Follower:
 
     def _follow(self, runner: Runner) -> None:
         threading.Thread(target=self._read, args=(runner,), daemon=True).start()
+        unsettle = settle()
         self._link.send(Here())
-        while isinstance(plan := self._plans.get(), StepPlan):
-            runner.launch(plan)
-            with self._progress:
-                self._launched += 1
-                self._progress.notify_all()
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        try:
+            while isinstance(plan := self._plans.get(), StepPlan):
+                runner.launch(plan)
+                with self._progress:
+                    self._launched += 1
+                    self._progress.notify_all()
+            self._loader.shutdown(wait=True, cancel_futures=True)
+        finally:
+            unsettle()
 
     def _prepare(self, start: Start) -> Runner:
         torch.set_num_threads(start.threads)
