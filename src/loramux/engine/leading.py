@@ -64,7 +64,7 @@ class LeadingRunner:
     def launch(self, plan: StepPlan) -> Running:
         """See `Runner.launch`. Raises EngineStopped whatever went wrong: the ranks have parted."""
         with self._team.watch.waiting():
-            self._team.send(plan)
+            self._team.send(plan.for_others())
             try:
                 return LeadingRunning(self._runner.launch(plan), self._team)
             except Exception as error:

@@ -28,6 +28,9 @@ class SampleSpec:
     pending: bool = False  # the token before this one is still on the device, see PENDING
 
 
+SOME = SampleSpec(SamplingParams(), seed=0, position=0)
+"""Stands for what a rank that chooses no tokens need not know."""
+
 PENDING = -1
 """In place of a token id: what this sequence chose in the step launched last, not read back yet."""
 
@@ -48,6 +51,11 @@ class Row:
     ]  # (first pool row, scale) of each adapter; () is the base
     sample: SampleSpec | None  # None while the prompt is not finished
 
+    def __reduce__(self) -> tuple[type[Row], tuple[object, ...]]:
+        # What dataclasses do, field by field, takes longer than the rest of a step's message.
+        fields = (self.sequence_id, self.token_ids, self.start, self.block_table, self.members)
+        return Row, (*fields, self.sample)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -58,6 +66,20 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+    def for_others(self) -> StepPlan:
+        """The same for a rank that chooses no tokens: which rows have a `sample`, and not what."""
+        return StepPlan(
+            tuple(
+                row
+                if row.sample is None
+                else Row(
+                    *(row.sequence_id, row.token_ids, row.start, row.block_table, row.members),
+                    SOME,
+                )
+                for row in self.rows
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
