@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from loramux.adapters import files
 from loramux.engine import ring
 from loramux.engine.ring import Ring
 
@@ -44,6 +45,8 @@ class LateEvent:
 def test_every_byte_arrives(monkeypatch: pytest.MonkeyPatch, size: int, threads: int) -> None:
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
     monkeypatch.setattr(ring, "copiers", lambda: pool)
+    monkeypatch.setattr(files, "PIECE", 8)
+    monkeypatch.setattr(files, "PAGE", 4)
     device = Late()
     through = Ring([device.event() for _ in range(3)], chunk_bytes=64, pinned=False)
     for _ in range(2):  # the second begins in the middle of the ring

@@ -6,7 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-PIECE = 8 << 20  # bytes: long beside handing it to a thread
+PIECE = 2 << 20  # bytes at least: long beside handing it to a thread
+PAGE = 4096
 MOST_COPIERS = 8
 CORES_A_COPIER = 2  # the others compute
 
@@ -24,12 +25,21 @@ def read_into(file: int, start: int, view: memoryview) -> None:
     if threads is None or len(view) <= PIECE:
         _read(file, start, view)
         return
-    pieces = range(0, len(view), PIECE)
+    size = piece(len(view), MOST_COPIERS)
+    pieces = range(0, len(view), size)
     # All of them end before this returns or raises: what they fill may be used again afterwards.
-    reads = [threads.submit(_read, file, start + at, view[at : at + PIECE]) for at in pieces]
+    reads = [threads.submit(_read, file, start + at, view[at : at + size]) for at in pieces]
     errors = [error for read in reads if (error := read.exception()) is not None]
     if errors:
         raise errors[0]
+
+
+def piece(size: int, count: int) -> int:
+    """Bytes of each of `count` pieces of `size`, fewer where they would be small.
+
+    As few as there are threads: each handing over waits for the interpreter's lock, which the step
+    loop holds for milliseconds."""
+    return max(PIECE, -(-size // count // PAGE) * PAGE)
 
 
 def _read(file: int, start: int, view: memoryview) -> None:

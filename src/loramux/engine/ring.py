@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from loramux.adapters.files import copiers
+from loramux.adapters.files import MOST_COPIERS, copiers, piece
 
-CHUNK_BYTES = 4 << 20  # small, so that the copy engine starts soon; large enough to keep it busy
-CHUNKS = 8
+CHUNK_BYTES = 12 << 20
+CHUNKS = MOST_COPIERS  # together as large as most adapters, which then wait for no chunk to be read
 
 
 class Event(Protocol):
@@ -31,7 +31,7 @@ class Event(Protocol):
 
 
 class Ring:
-    """As many chunks of `chunk_bytes` as there are events in `free`; one thread at a time."""
+    """As many chunks of up to `chunk_bytes` as there are events in `free`; one thread at a time."""
 
     def __init__(
         self, free: Sequence[Event], *, chunk_bytes: int = CHUNK_BYTES, pinned: bool = True
@@ -47,7 +47,7 @@ class Ring:
         """Call `pass_on(start, chunk)` for one piece of `host` [bytes] after the other, in order.
 
         `pass_on` queues on `stream` what reads the chunk; it may not have been read on return."""
-        size = self._chunks.shape[1]
+        size = min(self._chunks.shape[1], piece(host.numel(), len(self._free)))
         filling: deque[tuple[int, int, torch.Tensor, Future[None] | None]] = deque()
 
         def next_on() -> None:
