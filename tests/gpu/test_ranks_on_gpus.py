@@ -1,4 +1,5 @@
-"""Two ranks on two GPUs over NCCL answer as one does, with and without captured graphs."""
+"""Two ranks on two GPUs over NCCL answer as one does, with and without captured graphs; and two on one
+GPU over gloo, without."""
 
 from __future__ import annotations
 
@@ -6,19 +7,32 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from loramux import LLM, LoRARequest, SamplingParams
 from tiny import TinyWorld
-
-pytestmark = pytest.mark.multigpu
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [list(range(5 + i, 25 + 3 * i)) for i in range(4)]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
+def test_two_ranks_on_one_gpu_answer_as_one(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, fully: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of several, all take the first
+    _compare(tiny_world, eager=True, fully=fully)
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_two_gpus_answer_as_one(tiny_world: TinyWorld, eager: bool, fully: bool) -> None:
+    _compare(tiny_world, eager=eager, fully=fully)
+
+
+def _compare(tiny_world: TinyWorld, *, eager: bool, fully: bool) -> None:
     loras = [None, *(LoRARequest(n, 1, str(tiny_world.adapters[n])) for n in "abc")]
     settings = {"device": "cuda", "dtype": "float32", "enforce_eager": eager, "max_loras": 2}
     settings |= {"max_lora_rank": 8, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
@@ -41,6 +55,7 @@ with LLM(sys.argv[1], **settings) as llm:
 """
 
 
+@pytest.mark.multigpu
 def test_a_process_ends_when_its_graphs_had_collectives(tiny_world: TinyWorld) -> None:
     """A communicator waits for the graphs that it takes part in."""
     process = subprocess.Popen(
