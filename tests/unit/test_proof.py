@@ -34,6 +34,14 @@ def test_a_model_that_is_right_is_left_as_it_was(tiny_world: TinyWorld, dtype: t
     assert attached.batch.attention is None
 
 
+def test_weights_of_zero_are_no_difference(tiny_world: TinyWorld) -> None:
+    attached = _attached(tiny_world.model)
+    for merged, _ in attached.names.values():
+        assert merged.weight is not None
+        merged.weight.zero_()
+    check_paging(attached)
+
+
 def test_what_is_kept_from_step_to_step_is_noticed(tiny_world: TinyWorld) -> None:
     attached = _attached(tiny_world.model)
 
