@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DiffLlamaConfig, PreTrainedModel
 
+from loramux import LLM
 from loramux.config import EngineConfig
 from loramux.errors import UnsupportedModel
+from loramux.models import proof
 from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
 from loramux.models.loader import load_model
 from loramux.models.proof import check_paging
@@ -32,6 +34,17 @@ def test_a_model_that_is_right_is_left_as_it_was(tiny_world: TinyWorld, dtype: t
     assert attached.model.config._attn_implementation == ATTENTION_NAME
     assert all(attention.k_cache is None for attention in attached.attentions)
     assert attached.batch.attention is None
+
+
+def test_ranks_compare_too(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each rank's part of the model gives the whole's logits."""
+    monkeypatch.setattr(proof, "MOST_ERROR_FP32", -1.0)  # nothing is that equal
+    settings = {"device": "cpu", "dtype": "float32", "tensor_parallel_size": 2}
+    with pytest.raises(UnsupportedModel, match=r"logits differ from its own by [\d.]+e-0"):
+        LLM(str(tiny_world.model), **settings)
+    assert "could not be compared" not in caplog.text
 
 
 def test_weights_of_zero_are_no_difference(tiny_world: TinyWorld) -> None:

@@ -86,8 +86,7 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
             model.to(device)
         model.eval().requires_grad_(False)
         attached = attach(model, config.lora, shards)
-        if group.size == 1:
-            check_paging(attached)
+        check_paging(attached)
         attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
     facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()

@@ -43,7 +43,7 @@ def check_paging(attached: Attached) -> None:
         model.set_attn_implementation("eager")
         expected = _logits(model, ids, 0)[FIRST:]  # [T', V]
     except Exception:  # some model without attention of its own; nothing to compare with
-        logger.info("what the model computes could not be compared with its own", exc_info=True)
+        logger.warning("what the model computes could not be compared with its own", exc_info=True)
         return
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
