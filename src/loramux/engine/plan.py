@@ -28,7 +28,7 @@ class SampleSpec:
     pending: bool = False  # the token before this one is still on the device, see PENDING
 
 
-SOME = SampleSpec(SamplingParams(), seed=0, position=0)
+CHOSEN_ELSEWHERE = SampleSpec(SamplingParams(), seed=0, position=0)
 """Stands for what a rank that chooses no tokens need not know."""
 
 PENDING = -1
@@ -75,7 +75,7 @@ class StepPlan:
                 if row.sample is None
                 else Row(
                     *(row.sequence_id, row.token_ids, row.start, row.block_table, row.members),
-                    SOME,
+                    CHOSEN_ELSEWHERE,
                 )
                 for row in self.rows
             )
