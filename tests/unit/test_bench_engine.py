@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from loramux.bench import at_once, decode, kernels, load, main, profile
+from loramux.bench import at_once, decode, kernels, load, main, prefill, profile
 from loramux.bench.case import LINEARS
 from loramux.bench.ceilings import Ceilings, StepFloor
 from loramux.bench.geometry import adapter_elements, geometry, write_adapters, write_model
@@ -293,6 +293,25 @@ def test_decode_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     assert all(row["decode_ms"] > 0 for row in rows if row["case"] == "decode")
     assert "floor" in capsys.readouterr().out
+
+
+def test_prefill_is_read_beside_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batches", "2", "--adapters", "0", "2", "16", "--repeats", "1", "--output-len", "6"]
+    made = sitting(tmp_path, "decode", decode.parse([*SMALL, *sizes, "--prefill-tokens", "64"]))
+    plan = dict(decode.jobs(made))
+    settings = plan["lora-off"].settings
+    assert settings["max_num_batched_tokens"] == 64 and settings["max_num_seqs"] == 8
+    assert plan["max-loras-16"].cases[-1] == {"prefill": 64, "adapters": 2}  # 16 need 16 prompts
+    for job in plan.values():
+        for row in rows_of(job):
+            made.take(decode.finish(made, row))
+    rows = made.of("prefill")
+    assert [(row["lora"], row["adapters"]) for row in rows] == [
+        *(("off", 0), ("enabled", 0), ("enabled", 2))
+    ]
+    assert "ratio" not in rows[0] and rows[2]["ratio"] > 0
+    prefill.show_table(made)
+    assert "8 prompts at once" in capsys.readouterr().out
 
 
 def test_throughput_of_requests_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`loramux bench`: measurements that anyone can repeat.
 
     decode.py, at_once.py, load.py    on an engine, stepped one by one: how it is measured, what is shown
+    prefill.py                        the part of decode.py that reads long prompts
     profile.py                        the same engine under a profiler
     kernels.py, kernel_set.py         on the ops alone
     sitting.py                        options, folders and results of one run of a command

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from loramux.bench import prefill
 from loramux.bench.jobs import Job, Say
 from loramux.bench.sitting import (
     Commands,
@@ -44,6 +45,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a case (3)")
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens (64)")
     parser.add_argument("--output-len", type=int, default=128, help="output tokens (128)")
+    parser.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"also: {prefill.SEQUENCES} prompts of N tokens in all, read at once",
+    )
     parser.add_argument("--max-lora-rank", type=int, help="default: --rank")
     parser.add_argument(
         "--exact",
@@ -67,6 +75,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.repeats < 1 or min(options.batches) < 1 or options.output_len < 4:
         parser.error("--repeats and --batches must be at least 1, --output-len 4")
+    if 0 != options.prefill_tokens < prefill.SEQUENCES:
+        parser.error(f"--prefill-tokens must be at least {prefill.SEQUENCES}")
     if options.fully_sharded_loras and options.tensor_parallel_size < 2:
         parser.error("--fully-sharded-loras needs --tensor-parallel-size 2 or more")
     try:
@@ -90,6 +100,7 @@ def _body(sitting: Sitting) -> None:
     for name, job in jobs(sitting):
         sitting.run(name, job, lambda row: finish(sitting, row))
     show_table(sitting)
+    prefill.show_table(sitting)
 
 
 def jobs(sitting: Sitting) -> Iterator[tuple[str, Job]]:
@@ -127,12 +138,17 @@ def _job(
     options = sitting.options
     count = max(n for _, n in cases)
     lora = {"max_loras": max_loras, "max_lora_rank": largest} if max_loras else {}
-    length = options.input_len + options.output_len
+    tokens = options.prefill_tokens
+    length = max(options.input_len + options.output_len, tokens // prefill.SEQUENCES + 1)
+    sequences = max(prefill.SEQUENCES * (tokens > 0), *(batch for batch, _ in cases))
     marks = {"lora": "enabled", "rank": rank, **lora} if lora else {"lora": "off"}
     return Job(
         workload="decode",
-        settings=sitting.settings(max(batch for batch, _ in cases), length, **lora),
-        cases=[{"batch": batch, "adapters": n} for batch, n in cases],
+        settings={**prefill.settings(tokens), **sitting.settings(sequences, length, **lora)},
+        cases=[
+            *({"batch": batch, "adapters": n} for batch, n in cases),
+            *prefill.cases(tokens, dict.fromkeys(n for _, n in cases)),
+        ],
         config=sitting.config,
         adapters=sitting.adapters(count, rank) if count else [],
         options={
@@ -153,6 +169,10 @@ def measure(job: Job, system: System, say: Say) -> Iterator[dict[str, Any]]:
     dice = random.Random(job.options["seed"])
     length, repeats = job.options["output_len"], job.options["repeats"]
     for number, case in enumerate(job.cases, 1):
+        if "prefill" in case:
+            say(f"case {number} of {len(job.cases)}: prefill, {case['adapters']} adapters")
+            yield prefill.measure_case(job, system, case, dice)
+            continue
         batch, adapters = case["batch"], case["adapters"]
         say(f"case {number} of {len(job.cases)}: batch {batch}, {adapters} adapters")
         # Graphs of this shape are captured and its adapters brought in before anything counts.
@@ -204,6 +224,8 @@ def decode_once(
 
 def finish(sitting: Sitting, row: dict[str, Any]) -> dict[str, Any]:
     """Compare a row with the same batch without LoRA, and with its floor."""
+    if row["case"] == "prefill":
+        return prefill.finish(sitting, row)
     if row["case"] != "decode":
         return row
     options = sitting.options
