@@ -116,7 +116,12 @@ class Backend(Protocol):
     ) -> torch.Tensor: ...
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, /
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+        /,
     ) -> torch.Tensor: ...
 
     def take_tokens(
@@ -257,9 +262,15 @@ def rope_kv(
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N]."""
-    return backend(x.device).linear(x, weight, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N], in `out` (any row stride)
+    if that is given."""
+    return backend(x.device).linear(x, weight, bias, out)
 
 
 def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -286,9 +286,18 @@ def rope_kv(
     return q  # [T, H, D]
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N]."""
-    return F.linear(x, weight, bias)  # [T, N]
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N], in `out` if given."""
+    if out is None:
+        return F.linear(x, weight, bias)  # [T, N]
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)  # [T, N]
+    return torch.addmm(bias, x, weight.t(), out=out)  # [T, N]
 
 
 def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
-from torch.nn import functional as F
 
+from loramux.kernels import reference
 from loramux.kernels.triton_delta import rounded
 from loramux.kernels.triton_launch import early, wait
 
@@ -52,12 +52,17 @@ def _gemv(
     tl.store(y + rows, rounded(result, y.dtype.element_ty), mask=live)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N]."""
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N] -> [T, N], in `out` if given."""
     if x.shape[0] != 1 or x.stride(1) != 1 or weight.stride(1) != 1:
-        return F.linear(x, weight, bias)  # [T, N]
+        return reference.linear(x, weight, bias, out)  # [T, N]
     count, size = weight.shape
-    y = x.new_empty(1, count)  # [1, N]
+    y = x.new_empty(1, count) if out is None else out  # [1, N]
     step = min(STEP, triton.next_power_of_2(size))
     grid = (triton.cdiv(count, ROWS),)
     _gemv[grid](

@@ -193,18 +193,29 @@ class MergedLinear:
             return z[:, :width], Expand(site, z[:, width:].unsqueeze(0), lora.work)
         parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
         h = x.new_empty(parts, x.shape[0], lora.width * self.num_slices, dtype=torch.float32)
+        y = self._shrink_beside(x, lora, site, h)  # [T, N]
+        return y, Expand(site, h, lora.work)
+
+    def _shrink_beside(
+        self,
+        x: torch.Tensor,
+        lora: LoRAStep,
+        site: LoRASite,
+        h: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fill `h` [P, T, W], and give the base product of x [T, K] in `out` [T, N]."""
         assert self.weight is not None
         if lora.stream is None:
             lora_shrink(x, site, lora.work, h)
-            y = linear(x, self.weight, self.bias)  # [T, N]
-        else:
-            main = torch.cuda.current_stream(x.device)
-            lora.stream.wait_stream(main)
-            with torch.cuda.stream(lora.stream):
-                lora_shrink(x, site, lora.work, h)
-            y = linear(x, self.weight, self.bias)  # [T, N]
-            main.wait_stream(lora.stream)
-        return y, Expand(site, h, lora.work)
+            return linear(x, self.weight, self.bias, out)  # [T, N]
+        main = torch.cuda.current_stream(x.device)
+        lora.stream.wait_stream(main)
+        with torch.cuda.stream(lora.stream):
+            lora_shrink(x, site, lora.work, h)
+        y = linear(x, self.weight, self.bias, out)  # [T, N]
+        main.wait_stream(lora.stream)
+        return y
 
 
 class LinearSlice(nn.Module):

@@ -2,11 +2,12 @@
 
     column, default   h = A x            y + B' h                            A whole, B' this rank's rows
     column, fully     h = gather(A' x)   y + B' h                            A' every N-th rank row
-    row, default      h = A' x'          reduce(y + B h)                     A' this rank's columns
+    row, default      h = A' x'          reduce(y) + B reduce(h)             A' this rank's columns
     row, fully        h = reduce(A' x')  reduce(y + B' h in its columns)     B' this rank's rows
 
 x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
-Each rank adds its own share of a delta exactly once, so one all-reduce sums both.
+By default y and h of a row layer stand side by side and one all-reduce sums both; the delta is added
+after it, in the op that follows anyway. Where a step has no work list (CPUs), reduce(y + B h) does it.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ class ShardedLinear(MergedLinear):
         lora = self._batch.lora
         if self._fully and lora is not None and self.site is not None:
             y, expand = self._project_fully(x, lora, self.site)  # [T, N']
+        elif self.kind == "row" and lora is not None and self.site is not None and not self._packed:
+            return self._project_row(x, lora, self.site)  # [T, N]
         else:
             y, expand = super().project(x)  # [T, N']
         if self.kind == "row":
@@ -106,6 +109,26 @@ class ShardedLinear(MergedLinear):
                 lora_expand(y, expand)
             return self._group.gather_columns(y, cut.output), None
         return y, expand
+
+    def _project_row(
+        self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
+    ) -> tuple[torch.Tensor, Expand]:
+        """x [T, K'] -> all ranks' products summed [T, N], with all of the delta still to be added."""
+        self.computations += 1
+        width = self.out_features
+        if lora.base_rows and self._stacked is not None:
+            end = width + lora.base_rows
+            bias = None if self._stacked_bias is None else self._stacked_bias[:end]
+            z = linear(x, self._stacked[:end], bias)  # [T, N + R']
+            h = z[:, width:].unsqueeze(0)  # [1, T, R']
+        else:
+            parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
+            columns = lora.width + -lora.width % ROW_STEP  # rows stay aligned
+            z = x.new_empty(x.shape[0], width + parts * columns)  # [T, N + P W]
+            h = z[:, width:].unflatten(1, (parts, columns)).transpose(0, 1)  # [P, T, W]
+            self._shrink_beside(x, lora, site, h, z[:, :width])
+        z = self._group.all_reduce(z)  # the same shape
+        return z[:, :width], Expand(site, h, lora.work)
 
     def _project_fully(
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
@@ -124,9 +147,11 @@ class ShardedLinear(MergedLinear):
         return y, None
 
     def _shrink(self, x: torch.Tensor, site: LoRASite, work: WorkList, width: int) -> torch.Tensor:
-        """x [T, K'] -> [T, width S] float32; columns that no member owns hold anything."""
+        """x [T, K'] -> [T, width S], which is about to travel: of many tokens in the type of x.
+        Columns that no member owns hold anything."""
         parts = shrink_parts(x.shape[0], self.in_features, work.max_chunks)
-        h = x.new_empty(parts, x.shape[0], width * self.num_slices, dtype=torch.float32)
+        dtype = x.dtype if parts == 1 else torch.float32
+        h = x.new_empty(parts, x.shape[0], width * self.num_slices, dtype=dtype)
         lora_shrink(x, site, work, h)
         return h[0] if parts == 1 else h.sum(0)  # [T, W]
 
