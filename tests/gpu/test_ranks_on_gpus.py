@@ -62,7 +62,8 @@ def test_a_process_ends_when_its_graphs_had_collectives(tiny_world: TinyWorld) -
         [sys.executable, "-c", ONCE, str(tiny_world.model)], stdout=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout is not None and process.stdout.readline() == "answered\n"
-        assert process.wait(30) == 0
+        assert process.stdout is not None  # where libraries may say something as well
+        assert any(line == "answered\n" for line in process.stdout)
+        assert process.wait(60) == 0
     finally:
         process.kill()
