@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -60,10 +62,25 @@ FAMILIES: dict[str, Any] = {
         **{**COMMON, "num_hidden_layers": 7, "sliding_window": 16, "head_dim": 16}
     ),
     "phi3": lambda: Phi3Config(**COMMON),
+    "granite-swa": lambda: GraniteSWAConfig(  # attention sinks
+        **COMMON, sliding_window=16, head_dim=16, attention_multiplier=0.25
+    ),
+}
+
+EXPERTS: dict[str, Any] = {
+    "gpt-oss": lambda: GptOssConfig(
+        **{**COMMON, "num_hidden_layers": 4, "sliding_window": 16, "head_dim": 32},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "truncate": False},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 32},
+        },
+    ),
 }
 
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -86,14 +103,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def save_model(folder: Path, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
     """A random fp32 checkpoint with a tokenizer. Weights are larger than usual, so tokens vary."""
-    config = FAMILIES[family]()
+    config = {**FAMILIES, **EXPERTS}[family]()
     for key, value in overrides.items():
         setattr(config, key, value)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if name.endswith("sinks"):
+                parameter.normal_(0, 2)
+            elif parameter.ndim > 1 and "bias" not in name:
                 parameter.mul_(4.0 if "embed" not in name and "lm_head" not in name else 2.0)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)

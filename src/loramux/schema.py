@@ -19,6 +19,39 @@ class ModuleSpec:
     out_features: int
     site: int
     slice_index: int
+    experts: int = 0
+    """How often the layer is there, once for each expert; 0: it is an ordinary linear layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """The experts of one layer, of which each is down(act(gate(x)) * up(x)).
+
+    In `ModelSchema.modules` stand `<name>.gate_proj`, `<name>.up_proj` and `<name>.down_proj`; or, with
+    `shares_a`, `<name>.gate_up_proj`, one slice whose A serves both, its output gate first, then up.
+    """
+
+    name: str
+    """As the model has it: `model.layers.0.mlp.experts`."""
+
+    num_experts: int
+    hidden: int
+    inner: int
+    shares_a: bool
+    interleaved: bool
+    """Whether gate and up alternate in the model's own `gate_up_proj`, row by row."""
+
+    per_expert: bool
+    """Whether the model's checkpoints have a matrix an expert, and not one tensor for all."""
+
+    aliases: tuple[str, ...] = ()
+    """Other names of `name` in adapters: `model.layers.0.block_sparse_moe.experts`."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Its names in `ModelSchema.modules`."""
+        parts = ("gate_up_proj",) if self.shares_a else ("gate_proj", "up_proj")
+        return tuple(f"{self.name}.{part}" for part in (*parts, "down_proj"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +60,13 @@ class ModelSchema:
 
     modules: dict[str, ModuleSpec]
     refused: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, ExpertsSpec] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Names that adapters may use for modules, beside the model's own -> the model's own."""
 
     @property
     def elements_per_row(self) -> int:
         """What one rank row costs over all modules: A [in] and B [out] of each."""
-        return sum(m.in_features + m.out_features for m in self.modules.values())
+        return sum(
+            (m.in_features + m.out_features) * max(1, m.experts) for m in self.modules.values()
+        )

@@ -160,9 +160,9 @@ class CpuReplayingRunner(SeenRunner):
         contexts = view(buffer, "context_lens")[:count].tolist()
         return super()._attention_batch(packed, count, max_queries, (starts, contexts), widest)
 
-    def _lora_step(self, packed: Any, chunks: int, *args: Any) -> LoRAStep:
+    def _lora_step(self, packed: Any, chunks: int, *args: Any, **more: Any) -> LoRAStep:
         """A graph's launch is made for so many chunks: no step may have more."""
-        step = super()._lora_step(packed, chunks, *args)
+        step = super()._lora_step(packed, chunks, *args, **more)
         assert int(step.work.counts[1]) <= chunks, "more chunks than the graph was captured for"
         return step
 

@@ -149,6 +149,7 @@ def attention_oracle(
     scaling: float,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float64 [T, H, Dv], one query at a time."""
     size, group = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
@@ -164,6 +165,10 @@ def attention_oracle(
             scores = torch.einsum("hd,chd->hc", q[t].double(), keys) * scaling  # [H, c]
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)  # [H, c]
+            # A sink's score is one of a position whose value is zero.
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.double()[:, None]), 1)  # [H, c+1]
+                values = torch.cat((values, torch.zeros_like(values[:1])))  # [c+1, H, Dv]
             wanted[t] = torch.einsum("hc,chd->hd", scores.softmax(-1), values)  # [H, Dv]
     return wanted
 

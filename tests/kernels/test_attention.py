@@ -34,6 +34,7 @@ def check(
     window: int = 0,
     softcap: float = 0.0,
     block_size: int = 16,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Blocks that a window has left behind are gone from the table and hold NaN."""
     firsts = [max(0, context - q + 1 - window) if window else 0 for q, context in lengths]
@@ -43,8 +44,9 @@ def check(
     tokens = batch.query_starts[-1]
     q = strided(tokens, heads[0], dims[0], dtype=dtype)
     scaling = dims[0] ** -0.5
-    out = ops.paged_attention(q, k_cache, v_cache, batch, scaling, window, softcap)
-    wanted = attention_oracle(q, k_cache, v_cache, batch, scaling, window, softcap)
+    options = (scaling, window, softcap, sinks)
+    out = ops.paged_attention(q, k_cache, v_cache, batch, *options)
+    wanted = attention_oracle(q, k_cache, v_cache, batch, *options)
     assert out.dtype == dtype and out.shape == wanted.shape
     # Torch's SDPA, used for long chunks, rounds the softmax weights to the dtype as well.
     assert_close(out, wanted, steps=2.0, floor=max(2e-5, STEP[dtype]))
@@ -79,6 +81,35 @@ def test_queries_of_a_long_chunk_are_cut(ops: Backend, monkeypatch: pytest.Monke
     monkeypatch.setattr("loramux.kernels.cpu_prefill.MASK_ELEMENTS", 1)
     check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32)
     check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32, window=21)
+    check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32, sinks=torch.randn(2))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 1), (5, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks(ops: Backend, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    for window in (0, 6, 33):
+        check(ops, MIXED, heads, (32, 32), dtype, window=window, sinks=3 * torch.randn(heads[0]))
+
+
+@pytest.mark.parametrize("dims", [(20, 36), (64, 64), (128, 64)], ids=str)
+def test_sinks_beside_softcaps_and_other_value_sizes(ops: Backend, dims: tuple[int, int]) -> None:
+    for softcap in (0.0, 3.0):
+        check(ops, MIXED, (4, 2), dims, torch.float32, softcap=softcap, sinks=torch.randn(4))
+
+
+def test_a_sink_counts_once_where_a_context_is_split(ops: Backend) -> None:
+    for window in (0, 700):
+        sinks = 4 + torch.randn(4)
+        check(
+            ops, [(1, 900), (2, 1500)], (4, 1), (64, 64), torch.float32, window=window, sinks=sinks
+        )
+
+
+@pytest.mark.parametrize("extreme", [30.0, 200.0, 3e38, -30.0, -200.0, -3e38, -float("inf")])
+def test_sinks_of_any_size(ops: Backend, extreme: float) -> None:
+    sinks = torch.tensor([extreme, 0.5, -1.0, extreme])
+    for dtype in (torch.float32, torch.bfloat16):
+        check(ops, MIXED, (4, 2), (32, 32), dtype, sinks=sinks)
 
 
 def test_scores_of_any_size(ops: Backend) -> None:
@@ -146,3 +177,14 @@ def test_indices_that_point_outside_are_refused() -> None:
     with pytest.raises(ValueError, match="longer"):
         cpu.paged_attention(k, cache, cache, batch, 1.0)
     assert not cache.any()
+
+
+@pytest.mark.parametrize(
+    "sinks", [torch.zeros(3), torch.zeros(2).double(), torch.zeros(2, 1), torch.zeros(4)[::2]]
+)
+def test_sinks_of_another_form_are_refused(sinks: torch.Tensor) -> None:
+    cpu = pytest.importorskip("loramux.kernels.cpu")
+    batch, blocks = make_batch([(1, 9)], 16)
+    cache = fill_cache(batch, blocks, 16, 1, 16, torch.float32)
+    with pytest.raises(ValueError, match="sinks must be 2"):
+        cpu.paged_attention(torch.randn(1, 2, 16), cache, cache, batch, 1.0, 0, 0.0, sinks)

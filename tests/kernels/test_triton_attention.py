@@ -48,12 +48,14 @@ def run(
     v_cache: torch.Tensor,
     batch: AttentionBatch,
     *options: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     q, k_cache, v_cache = (t.to(DEVICE) for t in (q, k_cache, v_cache))
     scaling, window, softcap = (*options, 0, 0.0)[:3]
     batch = on_device(batch)
+    sinks = None if sinks is None else sinks.to(DEVICE)
     result = triton_attention.paged_attention(
-        q, k_cache, v_cache, batch, scaling, int(window), softcap
+        q, k_cache, v_cache, batch, scaling, int(window), softcap, sinks
     )
     return result.cpu()
 
@@ -67,6 +69,7 @@ def check(
     window: int = 0,
     softcap: float = 0.0,
     block_size: int = 16,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Blocks that a window has left behind are gone from the table and hold NaN."""
     firsts = [max(0, context - q + 1 - window) if window else 0 for q, context in lengths]
@@ -80,8 +83,8 @@ def check(
                 cache[block, position % block_size] = torch.nan
     q = strided(batch.query_starts[-1], heads[0], dims[0], dtype=dtype)
     scaling = dims[0] ** -0.5
-    out = run(q, k_cache, v_cache, batch, scaling, window, softcap)
-    wanted = attention_oracle(q, k_cache, v_cache, batch, scaling, window, softcap)
+    out = run(q, k_cache, v_cache, batch, scaling, window, softcap, sinks=sinks)
+    wanted = attention_oracle(q, k_cache, v_cache, batch, scaling, window, softcap, sinks)
     assert out.dtype == dtype and out.is_contiguous()
     # The weights of the values are rounded to the dtype as well.
     assert_close(out, wanted, steps=2.0, floor=max(2e-5, STEP[dtype]))
@@ -107,9 +110,32 @@ def test_windows_and_softcaps(window: int, softcap: float, block_size: int) -> N
     check(MIXED, window=window, softcap=softcap, block_size=block_size)
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (17, 1)], ids=str)
+@pytest.mark.parametrize("window", [0, 6, 33])
+def test_sinks(window: int, heads: tuple[int, int]) -> None:
+    for lengths in (DECODE, MIXED):
+        check(lengths, heads, window=window, sinks=3 * torch.randn(heads[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks_beside_softcaps_and_other_value_sizes(dtype: torch.dtype) -> None:
+    for softcap in (0.0, 3.0):
+        check(MIXED, (4, 2), (20, 36), dtype, softcap=softcap, sinks=torch.randn(4))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # to infinity, which is meant
+@pytest.mark.parametrize("extreme", [30.0, 200.0, 3e38, -30.0, -200.0, -3e38, -float("inf")])
+def test_sinks_of_any_size(extreme: float) -> None:
+    sinks = torch.tensor([extreme, 0.5, -1.0, extreme])
+    for lengths in (DECODE, MIXED):
+        check(lengths, dtype=BF16, sinks=sinks)
+        check(lengths, sinks=sinks)
+
+
 def test_many_tiles_and_row_blocks() -> None:
     check([(1, 700), (70, 300)], (4, 1))
     check([(1, 700), (70, 300)], (4, 1), dtype=BF16, window=100)
+    check([(1, 700), (70, 300)], (4, 1), sinks=4 + torch.randn(4))
 
 
 def test_chunks_continue_a_prompt() -> None:
@@ -156,6 +182,7 @@ def test_rows_of_nobody_and_of_padding_are_zero() -> None:
     assert not out[2:].any()
     lists_of_the_capture = replace(padded, query_starts=[], context_lens=[])
     assert torch.equal(out, run(q, cache, cache, lists_of_the_capture, 0.3))
+    assert not run(q, cache, cache, padded, 0.3, sinks=torch.randn(2))[2:].any()
 
 
 def test_a_step_without_rows() -> None:

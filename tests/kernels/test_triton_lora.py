@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import DTYPES, assert_close, lora_oracle, poisoned, strided
@@ -9,6 +11,7 @@ from work_lists import Span, expand_to, in_float64, make_case, strided_to
 
 from loramux.kernels import Expand, reference, shrink_parts
 
+triton_delta = pytest.importorskip("loramux.kernels.triton_delta")
 triton_lora = pytest.importorskip("loramux.kernels.triton_lora")
 triton_shrink = pytest.importorskip("loramux.kernels.triton_shrink")
 
@@ -168,3 +171,11 @@ def test_parts_of_a_shrink() -> None:
     assert shrink_parts(64, 14336, 32) == 16
     assert shrink_parts(64, 300, 32) == 1
     assert shrink_parts(8192, 4096, 128) == 1
+
+
+def test_many_items_that_may_not_be_there_have_no_program_each() -> None:
+    """A routing of large chunks has room for many more than there are."""
+    expand = make_case((0, 64), RANKS, SPANS, TOKENS, rows_per_chunk=64).expand
+    assert triton_lora.tile_programs(expand, 3) == (expand.work.max_chunks * 3,)
+    loose = replace(expand, work=replace(expand.work, max_chunks=30_000))
+    assert triton_lora.tile_programs(loose, 3) == triton_delta.programs(90_000, expand.h.device)

@@ -123,7 +123,7 @@ def make_case(
     return Case(site, segments, work, Expand(site, h, work), width, touched)
 
 
-def _site_to(site: LoRASite, device: str) -> LoRASite:
+def site_to(site: LoRASite, device: str) -> LoRASite:
     # `to` keeps the strides of `a`, and so the layout under a base weight.
     return LoRASite(
         site.a.to(device),
@@ -131,10 +131,11 @@ def _site_to(site: LoRASite, device: str) -> LoRASite:
         site.slice_starts,
         site.row_r.to(device),
         site.row_scale.to(device),
+        site.experts,
     )
 
 
-def _work_to(work: WorkList, device: str) -> WorkList:
+def work_to(work: WorkList, device: str) -> WorkList:
     return replace(
         work,
         chunks=work.chunks.to(device),
@@ -148,7 +149,7 @@ def _work_to(work: WorkList, device: str) -> WorkList:
 
 def expand_to(expand: Expand, device: str) -> Expand:
     return Expand(
-        _site_to(expand.site, device), strided_to(expand.h, device), _work_to(expand.work, device)
+        site_to(expand.site, device), strided_to(expand.h, device), work_to(expand.work, device)
     )
 
 
@@ -172,4 +173,45 @@ def for_twins(expand: Expand) -> Expand:
     """The same delta for the twins, which multiply scales of slices that are left alone."""
     return Expand(
         replace(expand.site, row_scale=expand.site.row_scale.nan_to_num()), expand.h, expand.work
+    )
+
+
+def moved(case: Case) -> Case:
+    """`case` in a pool of two experts, every second chunk with members in the second one's rows.
+
+    The second expert has no LoRA where slice 0 of the pool's first adapter is."""
+    site, chunks = case.site, case.work.chunks.clone()
+    bare, used = case.work.counts.tolist()
+    chunks[bare + 1 : used : 2, 4] += site.a.shape[1]
+    other_r = site.row_r.clone()
+    other_r[0, int(other_r[0].nonzero()[0])] = 0
+    both = LoRASite(
+        torch.cat((site.a, site.a * torch.randn(site.a.shape).to(site.a.dtype)), 1),
+        torch.cat((site.b, site.b * torch.randn(site.b.shape).to(site.b.dtype))),
+        site.slice_starts,
+        torch.cat((site.row_r, other_r), 1),
+        torch.cat((site.row_scale, site.row_scale * 2), 1),
+        experts=2,
+    )
+    work = replace(case.work, chunks=chunks)
+    return replace(case, site=both, work=work, expand=Expand(both, case.expand.h, work))
+
+
+def with_own_members(work: WorkList) -> WorkList:
+    """The same work with a list of members for each chunk, so that none is moved."""
+    chunks = work.chunks.clone()
+    members: list[int] = []
+    rows: list[int] = []
+    for chunk in chunks[: int(work.counts[1])]:
+        start, stop, p = chunk[2:5].tolist()
+        chunk[2], chunk[3] = len(members), len(members) + stop - start
+        members += range(start, stop)
+        rows += [p + int(work.member_rows[m] - work.member_rows[start]) for m in range(start, stop)]
+    return replace(
+        work,
+        chunks=chunks,
+        member_rows=int32(rows),
+        member_columns=work.member_columns[members],
+        member_scales=work.member_scales[members],
+        member_ranks=work.member_ranks[members],
     )

@@ -29,6 +29,7 @@ HEADS = {"head_dim": 8}
 PARTS = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
 GPT2 = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64}
 OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
+SINKS = {"head_dim": 16, "sliding_window": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 SERVED: dict[str, dict[str, Any]] = {
@@ -37,7 +38,13 @@ SERVED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["ernie4_5", "glm", "olmo3", "seed_oss", "smollm3"], HEADS),
     **{family: {} for family in ("gpt_neox", "phi", "stablelm", "starcoder2")},
     "gpt_bigcode": GPT2,
+    "gpt_oss": {**EXPERTS, **SINKS},
     "granitemoe": EXPERTS,  # its experts' layers are its own, and PEFT leaves them alone
+    "granitemoe_swa": {**EXPERTS, **SINKS, "attention_multiplier": 0.3},
+    "mimo_v2_flash": {  # sinks in its layers with a window alone, and experts
+        **{**SINKS, "num_hidden_layers": 3, "v_head_dim": 16, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    },
     "opt": OPT,
     "youtu": {**PARTS, "v_head_dim": 8, "num_key_value_heads": 4},  # latent attention
 }
@@ -49,7 +56,11 @@ BASE_ALONE: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "BloomForCausalLM has no attention layers"),
     "diffllama": ({}, r"DiffLlamaForCausalLM is not served: its layers .* attend more than once"),
-    "gpt_oss": ({**EXPERTS, **HEADS}, "GptOssAttention needs s_aux"),
+    "deepseek_v4": ({}, "DeepseekV4ForCausalLM is not served: .*heavily_compressed_attention"),
+    "llama4_text": (
+        {"attention_chunk_size": 16, "num_local_experts": 2, **HEADS},
+        "Llama4ForCausalLM is not served: .*chunked_attention",
+    ),
     "mamba": ({}, "MambaForCausalLM has no attention layers"),
 }
 PROMPTS = [list(range(5, 25)), list(range(30, 37))]
@@ -59,8 +70,10 @@ def _save(folder: Path, family: str, more: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SMALL, **more})).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(0, 2)
+            elif parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -23,7 +23,9 @@ COMPOSITIONS: list[dict[str, float]] = [
 SETTINGS = {"max_loras": 2, "max_lora_rank": 7, "adapter_patience_s": 0.02, "device": "cpu"}
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-bias", "qwen3", "gemma3", "phi3"])
+@pytest.fixture(
+    scope="module", params=["llama", "llama-bias", "qwen3", "gemma3", "phi3", "granite-swa"]
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp(request.param)
     return make_case(

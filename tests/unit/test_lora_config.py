@@ -25,6 +25,7 @@ DEFAULTS = {
     "enable_tower_connector_lora": False,
     "specialize_active_lora": False,
     "enable_mixed_moe_lora_format": False,
+    "enable_moe_shared_loras": False,
 }
 CHANGED = {
     "max_lora_rank": 17,
@@ -37,6 +38,7 @@ CHANGED = {
     "enable_tower_connector_lora": True,
     "specialize_active_lora": True,
     "enable_mixed_moe_lora_format": True,
+    "enable_moe_shared_loras": True,
 }
 FACTS = ModelFacts("bfloat16", "cpu", 512, 1024, 1 << 30)
 

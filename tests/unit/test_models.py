@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -35,9 +36,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "attention registry",
     ),
-    "gpt-oss": (
-        lambda: transformers.GptOssConfig(**COMMON, head_dim=16, num_local_experts=4),
-        "s_aux",
+    "gpt-oss in MXFP4": (
+        lambda: transformers.GptOssConfig(
+            **COMMON, head_dim=16, quantization_config={"quant_method": "mxfp4"}
+        ),
+        "quantised",
     ),
     "t5": (lambda: transformers.T5Config(vocab_size=VOCAB, d_model=32), "encoder-decoder"),
     "gemma3 with vision": (transformers.Gemma3Config, "multimodal"),
@@ -101,6 +104,24 @@ def test_norms_are_replaced_by_their_equals(kind: type[nn.Module], dtype: torch.
     assert isinstance(module[0], FusedRMSNorm) and torch.equal(module[0].weight, weight)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(module(x), before, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_whose_weight_is_wider_keep_the_dtype_of_their_input(dtype: torch.dtype) -> None:
+    """GPT-OSS in float16 keeps the weights of its norms in float32."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = GptOssRMSNorm(48)
+            self.dtype = dtype
+
+    body = Body()
+    nn.init.normal_(body.norm.weight)
+    x = torch.randn(2, 7, 48).to(dtype)
+    before = body.norm(x)
+    assert fuse_norms(body) == 1 and body.norm.mode == "plain"
+    assert torch.equal(body.norm(x), before)
 
 
 def test_a_norm_that_computes_something_else_stays(caplog: pytest.LogCaptureFixture) -> None:

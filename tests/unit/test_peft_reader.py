@@ -111,7 +111,9 @@ CONFIG_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"lora_bias": True}, "lora_bias"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-    ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+    ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "this model has no experts"),
+    ({"target_parameters": "q_proj.weight"}, "target_parameters must be a list"),
+    ({"target_parameters": [3]}, "target_parameters must be a list"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -136,6 +138,8 @@ CONFIG_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj"]}, "does not target"),
     ({"exclude_modules": ["o_proj"]}, "does not target"),
     ({"target_modules": "(a+)+$" + "x" * 3000}, "too long"),
+    ({"rank_pattern": {f"a{n}+": 1 for n in range(3000)}}, "3000 regular expressions, more than"),
+    ({"layers_pattern": 3}, "layers_pattern must be"),
 ]
 
 
@@ -221,7 +225,7 @@ def test_damaged_files(adapter: Path, schema: ModelSchema) -> None:
 
 def test_damaged_config(adapter: Path, schema: ModelSchema) -> None:
     path = adapter / "adapter_config.json"
-    for broken in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b" " * (2 << 20)):
+    for broken in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b" " * (9 << 20)):
         path.write_bytes(broken)
         assert "adapter_config.json" in _reasons(adapter, schema)[0]
     path.unlink()
@@ -249,7 +253,7 @@ def test_deployment_target_modules(model: Path, adapter: Path) -> None:
     config = LoRAConfig(max_lora_rank=8, target_modules=["self_attn.o_proj", "v_proj"])
     schema = load_schema(EngineConfig(model=str(model), lora=config)).schema
     assert len(schema.modules) == 6
-    assert "leave this module out" in _reasons(adapter, schema, config)[0]
+    assert "leave it out" in _reasons(adapter, schema, config)[0]
 
 
 NAMES = [

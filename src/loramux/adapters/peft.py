@@ -7,19 +7,27 @@ data types first, bytes last.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from loramux.adapters.expert_names import ExpertNames, known_experts, stems
+from loramux.adapters.formats import ExpertBinding, ExpertModules, bind_experts, stored_experts
+from loramux.adapters.header import (
+    FLOATS,
+    WEIGHTS_NAME,
+    FileModule,
+    FileTensor,
+    group,
+    read_header,
+)
 from loramux.adapters.host_cache import HostMemory
+from loramux.adapters.linears import bind_linears, forgotten_linears, linear_named, unbound
 from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
-from loramux.adapters.report import BindingReport, BindingRow
+from loramux.adapters.report import Binding, BindingReport, BindingRow, summarise
 from loramux.adapters.weights import (
     AdapterSource,
     AdapterWeights,
@@ -35,23 +43,26 @@ from loramux.errors import AdapterNotFound, AdapterRejected
 from loramux.schema import ModelSchema, ModuleSpec
 from loramux.types import AdapterRef
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-PREFIX = "base_model.model."
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHOWN = 8  # reasons of one kind that are spelled out before they are counted
-
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int  # in the file
+class _Bindings:
+    """What of the file goes where."""
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
+    linears: list[Binding]
+    experts: list[ExpertBinding]
+
+    def __iter__(self) -> Iterator[Binding]:
+        yield from self.linears
+        yield from self.experts
+
+    def rows(self) -> list[BindingRow]:
+        """By tensor."""
+        every = chain.from_iterable(binding.rows for binding in self)
+        return sorted(every, key=lambda row: (row.tensor, row.module))
+
+    def tensors(self) -> dict[str, FileTensor]:
+        """By key."""
+        return {t.key: t for binding in self for t in (binding.a, binding.b)}
 
 
 def read_adapter(
@@ -78,18 +89,19 @@ def read_adapter(
     begun = now_s()
     config_identity = _identity(folder / CONFIG_NAME)  # before it is read: then it is never too new
     peft_config, canonical, reasons = read_config(folder)
-    tensors, identity, file_reasons = _read_header(folder)
+    tensors, identity, file_reasons = read_header(folder)
     reasons += file_reasons
-    rows: list[BindingRow] = []
+    bindings = _Bindings([], [])
     if peft_config is not None and not file_reasons:
         try:
-            rows, bind_reasons = _bind(peft_config, tensors, schema, config)
+            bindings, bind_reasons = _bind(peft_config, tensors, schema, config)
         except TimeoutError:
             bind_reasons = ["a pattern of adapter_config.json takes too long to match"]
         reasons += bind_reasons
     if reasons or config_identity is None or identity is None:
         raise AdapterRejected(name, reasons or ["its files were replaced while they were read"])
-    layout, stored = _lay_out(rows, {tensor.key: tensor for tensor in tensors})
+    rows = bindings.rows()
+    layout, stored = _lay_out(bindings)
     source = AdapterSource(
         folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
     )
@@ -104,7 +116,7 @@ def read_adapter(
         digest=_digest(canonical, buffer, rows, stored),
         source=str(folder),
         max_r=max(row.r for row in rows),
-        num_bytes=sum(s.rows * s.columns for s in stored.values()) * dtype.itemsize,
+        num_bytes=_num_elements(layout) * dtype.itemsize,
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
 
@@ -127,149 +139,78 @@ def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> Bin
     )
 
 
-def _read_header(folder: Path) -> tuple[list[_Tensor], FileIdentity | None, list[str]]:
-    """Names, shapes, types and places of the file, without reading a tensor."""
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        pickles = [n for n in PICKLE_NAMES if (folder / n).exists()]
-        if pickles:
-            reason = (
-                f"{pickles[0]} is a pickle, which can run code when it is read; save the adapter "
-                f"as {WEIGHTS_NAME} (save_pretrained does)"
-            )
-            return [], None, [reason]
-        return [], None, [f"{WEIGHTS_NAME} is missing"]
-    try:
-        with safe_open(str(path), framework="pt"):
-            pass  # it checks more of the header than we need, and says well what is wrong
-        with open(path, "rb", buffering=0) as file:
-            identity = FileIdentity.of(os.fstat(file.fileno()))
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-        return _tensors(header, 8 + header_bytes, identity.size), identity, []
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        return [], None, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
-
-
-def _tensors(header: dict[str, dict[str, list[int]]], base: int, size: int) -> list[_Tensor]:
-    """The header's entries. Checked once more where a wrong one would read outside the file."""
-    tensors = []
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        tensor = _Tensor(key, tuple(entry["shape"]), str(entry["dtype"]), base + start)
-        wrong = tensor.dtype in FLOATS and tensor.num_bytes != end - start
-        if wrong or start < 0 or base + end > size:
-            raise ValueError(f"{key} does not lie where the header says")
-        tensors.append(tensor)
-    return tensors
-
-
 def _bind(
-    peft: PeftConfig, tensors: list[_Tensor], schema: ModelSchema, config: LoRAConfig
-) -> tuple[list[BindingRow], list[str]]:
+    peft: PeftConfig, tensors: list[FileTensor], schema: ModelSchema, config: LoRAConfig
+) -> tuple[_Bindings, list[str]]:
     """Give each tensor its module; every tensor that finds none is a reason."""
     if not tensors:
-        return [], [f"{WEIGHTS_NAME} holds no tensor: the adapter would do nothing"]
-    rows: list[BindingRow] = []
-    reasons: list[str] = []
-    halves: dict[str, set[str]] = {}
-    for tensor in sorted(tensors, key=lambda t: t.key):
-        module, half, reason = _parse_key(tensor.key, schema)
-        if reason is None and tensor.dtype not in FLOATS:
-            reason = f"{tensor.key} has dtype {tensor.dtype}; F32, F16 and BF16 are served"
-        spec = schema.modules.get(module)
-        if reason is None and spec is not None:
-            reason = _check_shape(tensor, spec, half, peft, config)
-        if reason is not None or spec is None:
-            reasons.append(reason or f"{tensor.key} binds to no module of this model")
+        reason = f"{WEIGHTS_NAME} holds no tensor: the adapter would do nothing"
+        return _Bindings([], []), [reason]
+    modules, reasons = group(sorted(tensors, key=lambda t: t.key))
+    names, experts = ExpertNames(schema), ExpertModules()
+    linears: list[tuple[FileModule, ModuleSpec]] = []
+    for module in modules:
+        if spec := linear_named(module.name, schema):
+            linears.append((module, spec))
             continue
-        halves.setdefault(module, set()).add(half)
-        r = peft.r_of(module)
-        rows.append(
-            BindingRow(tensor.key, module, tensor.shape, tensor.dtype, r, peft.scale_of(module))
-        )
-    reasons = _summarise(reasons)
-    reasons += [
-        f"{module} has lora_{next(iter(found))} but not its other half"
-        for module, found in halves.items()
-        if len(found) == 1
-    ][:SHOWN]
-    reasons += _missing(peft, schema, set(halves))
-    return rows, reasons
+        found = names.find(module.name)
+        if found is None or isinstance(found, str):
+            reasons += [
+                unbound(tensor, module, found, schema) for tensor in module.factors.values()
+            ]
+        else:
+            experts.add(module, found)
+    strangers = any("expert" in reason for reason in reasons)
+    reasons = summarise(reasons) + ([known_experts(schema)] if strangers else [])
+    linear, linear_reasons = bind_linears(linears, peft, schema, config)
+    of_experts, expert_reasons = bind_experts(experts, peft, schema, config)
+    reasons += linear_reasons + expert_reasons
+    if linears or experts:
+        reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema)
+    return _Bindings(linear, of_experts), reasons + _no_parameter(peft, schema)
 
 
-def _parse_key(key: str, schema: ModelSchema) -> tuple[str, str, str | None]:
-    """(module, "A" or "B", reason) of `base_model.model.<module>.lora_A.weight`."""
-    if not key.startswith(PREFIX):
-        return "", "", f"{key} does not start with {PREFIX!r}, so it binds to nothing"
-    rest = key.removeprefix(PREFIX)
-    for half in ("A", "B"):
-        if rest.endswith(f".lora_{half}.weight"):
-            module = rest.removesuffix(f".lora_{half}.weight")
-            if module in schema.modules:
-                return module, half, None
-            if module in schema.refused:
-                return module, half, f"{key}: {schema.refused[module]}"
-            return module, half, f"{key} binds to nothing: the model has no linear {module!r}"
-    return "", "", f"{key} is no lora_A.weight or lora_B.weight"
-
-
-def _check_shape(
-    tensor: _Tensor, spec: ModuleSpec, half: str, peft: PeftConfig, config: LoRAConfig
-) -> str | None:
-    r = peft.r_of(spec.name)
-    expected = (r, spec.in_features) if half == "A" else (spec.out_features, r)
-    if r > config.max_lora_rank:
-        return (
-            f"{spec.name} has rank {r}, larger than max_lora_rank {config.max_lora_rank}; "
-            f"start with --max-lora-rank {r}"
-        )
-    if tensor.shape != expected:
-        return f"{tensor.key} has shape {list(tensor.shape)}, expected {list(expected)}"
-    if not peft.targets(spec.name):
-        return f"{tensor.key} is in the file, but the configuration does not target {spec.name}"
-    return None
-
-
-def _missing(peft: PeftConfig, schema: ModelSchema, bound: set[str]) -> list[str]:
-    """Modules that the configuration adapts and the file forgets."""
-    if not bound:
+def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:
+    """The reason when `target_parameters` names nothing that is here."""
+    if not peft.target_parameters:
         return []
-    forgotten = [m for m in schema.modules if m not in bound and peft.targets(m)]
-    wanted = [m for m in schema.refused if peft.targets(m)]
-    if isinstance(peft.target_modules, str) and peft.target_modules.lower() == "all-linear":
-        wanted = []  # PEFT's shorthand leaves the output head out as well
-    reasons = [
-        f"the configuration targets {m}, but the file has no tensors for it" for m in forgotten
-    ]
-    return _summarise(reasons) + [f"{m}: {schema.refused[m]}" for m in wanted]
+    modules = chain(schema.modules, schema.refused, schema.aliases)
+    experts = chain.from_iterable(stems(spec) for spec in schema.experts.values())
+    parameters = chain(
+        (f"{module}.weight" for module in modules),
+        (f"{stem}.{leaf}" for stem in experts for leaf in ("gate_up_proj", "down_proj")),
+    )
+    if any(peft.targets_parameter(parameter) for parameter in parameters):
+        return []
+    named = ", ".join(sorted(peft.target_parameters)[:8])
+    return [f"target_parameters ({named}) match nothing here; {known_experts(schema)}"]
 
 
-def _summarise(reasons: list[str]) -> list[str]:
-    """The first few in full, then how many more."""
-    if len(reasons) <= SHOWN:
-        return reasons
-    return [*reasons[:SHOWN], f"and {len(reasons) - SHOWN} more of the same kind"]
-
-
-def _lay_out(
-    rows: list[BindingRow], tensors: Mapping[str, _Tensor]
-) -> tuple[Layout, dict[str, Stored]]:
+def _lay_out(bindings: _Bindings) -> tuple[Layout, dict[str, Stored]]:
     """Where everything goes in the buffer: by module, and by the tensor's key."""
-    in_file = sorted((tensors[row.tensor] for row in rows), key=lambda tensor: tensor.start)
+    in_file = sorted(bindings.tensors().values(), key=lambda tensor: tensor.start)
     offsets, runs = place((t.start, t.num_bytes, FLOATS[t.dtype].itemsize) for t in in_file)
     stored = {
-        tensor.key: Stored(offset, tensor.shape[0], tensor.shape[1], FLOATS[tensor.dtype])
+        tensor.key: Stored(
+            offset, tensor.num_elements // tensor.shape[-1], tensor.shape[-1], FLOATS[tensor.dtype]
+        )
         for tensor, offset in zip(in_file, offsets, strict=True)
     }
-    pairs = {}
-    for row in rows:
-        if row.tensor.endswith(".lora_A.weight"):
-            b = row.tensor.removesuffix("A.weight") + "B.weight"
-            pairs[row.module] = StoredPair(stored[row.tensor], stored[b], row.scale)
-    return Layout(pairs, tuple(runs)), stored
+    pairs = {
+        binding.module: StoredPair(stored[binding.a.key], stored[binding.b.key], binding.scale)
+        for binding in sorted(bindings.linears, key=lambda binding: binding.module)
+    }
+    return Layout(pairs, tuple(runs), stored_experts(bindings.experts, stored)), stored
+
+
+def _num_elements(layout: Layout) -> int:
+    """Of all factors, as the pool holds them."""
+    pairs = sum(
+        stored.rows * stored.columns
+        for pair in layout.pairs.values()
+        for stored in (pair.a, pair.b)
+    )
+    return pairs + sum(experts.num_elements for experts in layout.experts.values())
 
 
 def _check_values(
@@ -277,17 +218,39 @@ def _check_values(
 ) -> list[str]:
     """Reasons against values that are not finite, or would not be in `dtype`.
 
-    The extremes tell: NaN spreads into them, and rounding keeps the order of what it rounds.
+    Tensors that stand side by side are looked at together, and one by one only to name the bad ones.
     """
     bad = []
-    for key in sorted(stored):
-        low, high = torch.aminmax(stored[key].view(buffer))
-        extremes = torch.stack((low, high))  # [2]
-        if not bool(extremes.isfinite().all()):
-            bad.append(f"{key} holds NaN or infinity")
-        elif not bool(extremes.to(dtype).isfinite().all()):
-            bad.append(f"{key} overflows in {dtype}; serve it with --lora-dtype float32")
-    return _summarise(bad)
+    for keys in _side_by_side(stored):
+        first, last = stored[keys[0]], stored[keys[-1]]
+        whole = buffer[first.offset : last.end].view(first.dtype)  # [elements]
+        if _complaint(whole, dtype):
+            complaints = ((key, _complaint(stored[key].view(buffer), dtype)) for key in keys)
+            bad += [f"{key} {complaint}" for key, complaint in complaints if complaint]
+    return summarise(sorted(bad))
+
+
+def _side_by_side(stored: Mapping[str, Stored]) -> Iterator[list[str]]:
+    """The keys, in runs of tensors of one data type without a gap."""
+    run: list[str] = []
+    for key, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
+        before = stored[run[-1]] if run else tensor
+        if run and (tensor.offset, tensor.dtype) != (before.end, before.dtype):
+            yield run
+            run = []
+        run.append(key)
+    if run:
+        yield run
+
+
+def _complaint(values: torch.Tensor, dtype: torch.dtype) -> str:
+    """The extremes tell: NaN spreads into them, and rounding keeps the order of what it rounds."""
+    extremes = torch.stack(torch.aminmax(values))  # [2]
+    if not bool(extremes.isfinite().all()):
+        return "holds NaN or infinity"
+    if not bool(extremes.to(dtype).isfinite().all()):
+        return f"overflows in {dtype}; serve it with --lora-dtype float32"
+    return ""
 
 
 def _digest(
@@ -296,7 +259,7 @@ def _digest(
     """SHA-256 over the configuration and the names, types, shapes and stored bytes of the tensors."""
     digest = hashlib.sha256(canonical)
     data = buffer.numpy().data
-    for row in rows:
+    for row in {row.tensor: row for row in rows}.values():
         place = stored[row.tensor]
         digest.update(f"{row.tensor}|{row.dtype}|{row.shape}".encode())
         digest.update(data[place.offset : place.offset + place.num_bytes])

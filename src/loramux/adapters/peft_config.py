@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import regex
 
+from loramux.adapters.peft_patterns import Matcher, PatternTable, at_the_end, is_plain
+
 CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 8 << 20
 MAX_PATTERN_CHARS = 2000
-MATCH_TIMEOUT_S = 0.2
+MAX_EXPRESSIONS = 2000  # compiling that many takes a second
 
 # Keys that change what is computed and that we serve.
 SUPPORTED = {
@@ -28,6 +29,7 @@ SUPPORTED = {
     "rank_pattern",
     "alpha_pattern",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -59,7 +61,6 @@ REFUSED = {
     "lora_bias": "a bias on lora_B is not served yet",
     "modules_to_save": "fully trained modules are not served yet",
     "trainable_token_indices": "trained token embeddings are not served yet",
-    "target_parameters": "LoRA on bare parameters (experts) is not served yet",
     "alora_invocation_tokens": "activated LoRA is not served yet",
     "layer_replication": "layer replication changes the base model and cannot share it",
     "fan_in_fan_out": "transposed weights (Conv1D layers) are not served yet",
@@ -75,49 +76,78 @@ PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The part of the file that decides what is computed."""
+    """The part of the file that decides what is computed. Names are those that the file uses."""
 
     r: int
     alpha: float
     use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    target_modules: tuple[str, ...] | str
-    exclude_modules: tuple[str, ...] | str
+    rank_pattern: PatternTable
+    alpha_pattern: PatternTable
+    target_modules: frozenset[str] | str
+    target_parameters: frozenset[str]
+    exclude_modules: frozenset[str] | str
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    matcher: Matcher
+
+    @property
+    def targets_all_linear(self) -> bool:
+        """Whether it is PEFT's shorthand for every linear layer but the output head."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def r_of(self, module: str) -> int:
         """Rank of `module`: the first matching rank_pattern, else `r`."""
-        return int(_first_match(self.rank_pattern, module, self.r))
+        return int(self.rank_pattern.value(module, self.r))
 
-    def scale_of(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns applied to both."""
+    def r_and_scale_of(self, module: str) -> tuple[int, float]:
+        """`r_of`; and alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns applied to both.
+
+        For LoRA on a parameter, `module` is the parameter's name.
+        """
         r = self.r_of(module)
-        alpha = float(_first_match(self.alpha_pattern, module, self.alpha))
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        alpha = float(self.alpha_pattern.value(module, self.alpha))
+        return r, alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would put LoRA on `module`, by the rules of its own documentation."""
-        if _excluded(self.exclude_modules, module):
+        if self._excludes(module):
             return False
         if isinstance(self.target_modules, str):
-            if self.target_modules.lower() == "all-linear":
-                return True
-            return _fullmatch(self.target_modules, module)
+            return self.targets_all_linear or self.matcher.fullmatch(self.target_modules, module)
         if module in self.target_modules:
             return True
-        if not any(module.endswith(f".{suffix}") for suffix in self.target_modules):
+        if not _ends_in_one_of(module, self.target_modules):
             return False
         return self.layers_to_transform is None or self._in_layers(module)
+
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether PEFT would put LoRA on `parameter` through `target_parameters`."""
+        return parameter in self.target_parameters or _ends_in_one_of(
+            parameter, self.target_parameters
+        )
+
+    def _excludes(self, module: str) -> bool:
+        if isinstance(self.exclude_modules, str):
+            return self.matcher.fullmatch(self.exclude_modules, module)
+        return module in self.exclude_modules or _ends_in_one_of(module, self.exclude_modules)
 
     def _in_layers(self, module: str) -> bool:
         patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
         for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-            if found := _search(pattern, module):
+            if found := self.matcher.group(pattern, module):
                 assert self.layers_to_transform is not None
                 return int(found) in self.layers_to_transform
         return False
+
+
+def _ends_in_one_of(name: str, ends: frozenset[str]) -> bool:
+    """Whether `name` ends in a dot and one of `ends`."""
+    at = name.find(".") if ends else -1
+    while at >= 0:
+        if name[at + 1 :] in ends:
+            return True
+        at = name.find(".", at + 1)
+    return False
 
 
 def read_config(folder: Path) -> tuple[PeftConfig | None, bytes, list[str]]:
@@ -179,7 +209,8 @@ def _is_names(value: Any) -> bool:
 def _badly_typed(data: dict[str, Any]) -> list[str]:
     reasons = []
     for key in ("r", "lora_alpha", "target_modules"):
-        if data.get(key) is None:
+        implied = key == "target_modules" and data.get("target_parameters")
+        if data.get(key) is None and not implied:
             reasons.append(f"{key} is missing from {CONFIG_NAME}")
     if data.get("r") is not None and not (_is_int(data["r"]) and data["r"] >= 1):
         reasons.append(f"r must be a whole number of at least 1, not {data['r']!r}")
@@ -189,6 +220,9 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
         value = data.get(key)
         if value is not None and not _is_names(value):
             reasons.append(f"{key} must be a string or a list of strings")
+    parameters = data.get("target_parameters")
+    if parameters is not None and (isinstance(parameters, str) or not _is_names(parameters)):
+        reasons.append("target_parameters must be a list of strings")
     layers = data.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(n) for n in numbers):
@@ -205,23 +239,25 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
 
 def _bad_patterns(data: dict[str, Any]) -> list[str]:
     """Reasons for patterns that are too long or do not compile."""
-    patterns: list[str] = []
+    patterns: list[tuple[str, str]] = []  # what is said of it, what is compiled
     for key in ("rank_pattern", "alpha_pattern"):
         if isinstance(data.get(key), dict):
-            patterns += list(data[key])
+            patterns += [(p, at_the_end(p)) for p in data[key] if not is_plain(p)]
     for key in ("target_modules", "exclude_modules"):
         if isinstance(data.get(key), str):
-            patterns.append(data[key])
-    layers = data.get("layers_pattern") or []
-    if _is_names(layers):
-        patterns += [layers] if isinstance(layers, str) else layers
+            patterns.append((data[key], data[key]))
+    layers = data.get("layers_pattern")
+    patterns += [(p, p) for p in _listed(layers if _is_names(layers) else None)]
+    if len(patterns) > MAX_EXPRESSIONS:
+        return [f"it has {len(patterns)} regular expressions, more than {MAX_EXPRESSIONS}"]
     reasons = []
-    for pattern in patterns:
+    for pattern, expression in patterns:
         if len(pattern) > MAX_PATTERN_CHARS:
             reasons.append(f"the pattern {pattern[:40]!r}... is too long")
             continue
         try:
             regex.compile(pattern)
+            regex.compile(expression)
         except regex.error as error:
             reasons.append(f"the pattern {pattern!r} is no regular expression: {error}")
     return reasons
@@ -231,49 +267,27 @@ def _build(data: dict[str, Any]) -> PeftConfig:
     layers = data.get("layers_to_transform")
     if _is_int(layers):
         layers = [layers]
+    matcher = Matcher()
     return PeftConfig(
         r=data["r"],
         alpha=float(data["lora_alpha"]),
         use_rslora=bool(data.get("use_rslora")),
-        rank_pattern=data.get("rank_pattern") or {},
-        alpha_pattern=data.get("alpha_pattern") or {},
-        target_modules=_names(data["target_modules"]),
+        rank_pattern=PatternTable(data.get("rank_pattern") or {}, matcher),
+        alpha_pattern=PatternTable(data.get("alpha_pattern") or {}, matcher),
+        target_modules=_names(data.get("target_modules") or []),
+        target_parameters=frozenset(data.get("target_parameters") or []),
         exclude_modules=_names(data.get("exclude_modules") or []),
         layers_to_transform=tuple(layers) if layers else None,
         layers_pattern=_listed(data.get("layers_pattern")),
+        matcher=matcher,
     )
 
 
-def _names(value: Any) -> tuple[str, ...] | str:
-    return value if isinstance(value, str) else tuple(value)
+def _names(value: Any) -> frozenset[str] | str:
+    return value if isinstance(value, str) else frozenset(value)
 
 
 def _listed(value: Any) -> tuple[str, ...]:
     if not value:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _excluded(exclude: Sequence[str] | str, module: str) -> bool:
-    if not exclude:
-        return False
-    if isinstance(exclude, str):
-        return _fullmatch(exclude, module)
-    return module in exclude or any(module.endswith(f".{name}") for name in exclude)
-
-
-def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name after a dot, else by name."""
-    for pattern, value in patterns.items():
-        if _fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-            return value
-    return default
-
-
-def _fullmatch(pattern: str, text: str) -> bool:
-    return regex.fullmatch(pattern, text, timeout=MATCH_TIMEOUT_S) is not None
-
-
-def _search(pattern: str, text: str) -> str | None:
-    found = regex.match(pattern, text, timeout=MATCH_TIMEOUT_S)
-    return found.group(1) if found else None

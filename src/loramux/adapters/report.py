@@ -1,13 +1,22 @@
-"""The binding report: which tensor goes where. Printed by `loramux adapter check`."""
+"""Which tensor goes where, and the report of it that `loramux adapter check` prints."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from loramux.adapters.header import FileTensor
+
+SHOWN = 8  # reasons of one kind that are spelled out before they are counted
 
 
 @dataclass(frozen=True, slots=True)
 class BindingRow:
-    """One tensor of the file, the module it binds to, and the rank and scale it is used with."""
+    """One tensor of the file, a module it binds to, and the rank and scale it is used with there.
+
+    A tensor of all experts may bind to two modules: A of their fused gate and up does.
+    """
 
     tensor: str
     module: str
@@ -15,6 +24,24 @@ class BindingRow:
     dtype: str
     r: int
     scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A LoRA module of the file, its factors `a` and `b`, as `module` of the model."""
+
+    module: str
+    a: FileTensor
+    b: FileTensor
+    r: int
+    scale: float
+
+    @property
+    def rows(self) -> list[BindingRow]:
+        return [
+            BindingRow(t.key, self.module, t.shape, t.dtype, self.r, self.scale)
+            for t in (self.a, self.b)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +59,29 @@ class BindingReport:
         return max((row.r for row in self.rows), default=0)
 
     def format(self) -> str:
-        """A table for people: one line a tensor, then the totals."""
+        """A table for people: one line a tensor, or for all experts whose tensors are alike, and then
+        the totals."""
         lines = [f"{'module':<48} {'tensor':<8} {'shape':<16} {'r':>4} {'scale':>9}  dtype"]
+        alike: Counter[str] = Counter()
         for row in self.rows:
             kind = "lora_A" if ".lora_A." in row.tensor else "lora_B"
             shape = "x".join(map(str, row.shape))
-            lines.append(
+            alike[
                 f"{row.module:<48} {kind:<8} {shape:<16} {row.r:>4} {row.scale:>9.4g}  {row.dtype}"
-            )
+            ] += 1
+        lines += [
+            line if count == 1 else f"{line}, {count} experts" for line, count in alike.items()
+        ]
         lines.append(
-            f"{len(self.rows)} tensors bind to {self.num_modules} modules, largest r "
-            f"{self.max_r}, digest {self.digest[:12]}; {len(self.unadapted)} linear modules are "
-            "left as in the base model"
+            f"{len({row.tensor for row in self.rows})} tensors bind to {self.num_modules} modules, "
+            f"largest r {self.max_r}, digest {self.digest[:12]}; {len(self.unadapted)} linear "
+            "modules are left as in the base model"
         )
         return "\n".join(lines)
+
+
+def summarise(reasons: Sequence[str]) -> list[str]:
+    """The first few in full, then how many more."""
+    if len(reasons) <= SHOWN:
+        return list(reasons)
+    return [*reasons[:SHOWN], f"and {len(reasons) - SHOWN} more of the same kind"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from loramux.adapters.weights import AdapterWeights, Layout, Stored, StoredPair
+from loramux.adapters.expert_shards import ALIGNMENT, Piece, dealt_experts, own_experts
+from loramux.adapters.weights import AdapterWeights, Layout, Stored, StoredExperts, StoredPair
 from loramux.parallel import Cut
-
-ALIGNMENT = 16  # bytes from one matrix to the next
 
 Views = tuple[torch.Tensor, torch.Tensor, float]
 """A [r, in], B [out, r] and the scale of a module: views of some buffer."""
@@ -20,18 +20,22 @@ Views = tuple[torch.Tensor, torch.Tensor, float]
 def cut_adapter(weights: AdapterWeights, cuts: Mapping[str, Cut]) -> AdapterWeights:
     """The columns of A and the rows of B of this rank. Where rows of A are dealt out, A is left away:
     see `dealt_rows`."""
-    return _packed(weights, _own(weights, cuts), weights.ref.max_r)
+    experts = partial(own_experts, weights, cuts)
+    return _packed(weights, _own(weights, cuts), experts, weights.ref.max_r)
 
 
 def dealt_rows(weights: AdapterWeights, cuts: Mapping[str, Cut], rank: int) -> AdapterWeights:
     """The rows of A that are dealt out to this rank, without B."""
     deal = max((cut.deal for cut in cuts.values()), default=1)
-    return _packed(weights, _dealt(weights, cuts, rank), -(-weights.ref.max_r // deal))
+    experts = partial(dealt_experts, weights, cuts, rank)
+    return _packed(weights, _dealt(weights, cuts, rank), experts, -(-weights.ref.max_r // deal))
 
 
 def _own(weights: AdapterWeights, cuts: Mapping[str, Cut]) -> Iterator[tuple[str, Views]]:
     for name, a, b, scale in _pairs(weights):
-        cut = cuts[name]
+        if (cut := cuts.get(name)) is None:  # a layer that every rank has whole
+            yield name, (a, b, scale)
+            continue
         columns = cut.input.slice if cut.deal == 1 else slice(0, 0)
         yield name, (a[:, columns], b[cut.b_output.slice], scale)
 
@@ -40,7 +44,7 @@ def _dealt(
     weights: AdapterWeights, cuts: Mapping[str, Cut], rank: int
 ) -> Iterator[tuple[str, Views]]:
     for name, a, b, scale in _pairs(weights):
-        deal = cuts[name].deal
+        deal = cuts[name].deal if name in cuts else 1
         if deal > 1:
             yield name, (a[rank::deal], b[:0, rank::deal], scale)
 
@@ -51,24 +55,31 @@ def _pairs(weights: AdapterWeights) -> Iterator[tuple[str, torch.Tensor, torch.T
 
 
 def _packed(
-    weights: AdapterWeights, parts: Iterator[tuple[str, Views]], max_r: int
+    weights: AdapterWeights,
+    parts: Iterator[tuple[str, Views]],
+    of_experts: Callable[[int], tuple[dict[str, StoredExperts], list[Piece], int]],
+    max_r: int,
 ) -> AdapterWeights:
-    """`parts` side by side in a buffer of their own."""
+    """`parts`, and those of experts behind them, side by side in a buffer of their own."""
     found = list(parts)
     pairs: dict[str, StoredPair] = {}
     end = 0
     for name, (a, b, scale) in found:
-        places = []
+        places: list[Stored] = []
         for matrix in (a, b):
-            place = Stored(end, matrix.shape[0], matrix.shape[1], matrix.dtype)
-            places.append(place)
-            end += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
+            stored = Stored(end, matrix.shape[0], matrix.shape[1], matrix.dtype)
+            places.append(stored)
+            end += -(-stored.num_bytes // ALIGNMENT) * ALIGNMENT
         pairs[name] = StoredPair(places[0], places[1], scale)
+    experts, pieces, end = of_experts(end)
     buffer = torch.empty(end, dtype=torch.uint8)  # [bytes]
     for name, (a, b, _) in found:
         _copy(pairs[name].a.view(buffer), a)  # [r, in]
         _copy(pairs[name].b.view(buffer), b)  # [out, r]
-    layout = Layout(pairs, ((0, 0, end),))
+    for place, matrix in pieces:
+        flat = buffer[place : place + matrix.numel() * matrix.element_size()]  # [bytes]
+        _copy(flat.view(matrix.dtype).view(matrix.shape), matrix)  # [rows, columns]
+    layout = Layout(pairs, ((0, 0, end),), experts)
     return AdapterWeights(
         replace(weights.ref, max_r=max_r), buffer, replace(weights.source, layout=layout)
     )

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from loramux.adapters.files import FileChanged, read_into
@@ -58,8 +59,13 @@ class Stored:
     def num_bytes(self) -> int:
         return self.rows * self.columns * self.dtype.itemsize
 
+    @property
+    def end(self) -> int:
+        """The byte after the last one."""
+        return self.offset + self.num_bytes
+
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        flat = buffer[self.offset : self.offset + self.num_bytes]  # [num_bytes]
+        flat = buffer[self.offset : self.end]  # [num_bytes]
         return flat.view(self.dtype).view(self.rows, self.columns)  # [rows, columns]
 
 
@@ -72,12 +78,64 @@ class StoredPair:
     scale: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredFactor:
+    """One factor of all experts. Expert e's element [i, j] is the one at `offsets[e]` bytes plus
+    i * row_strides[e] + j * column_strides[e] elements of `dtype`; experts may share their bytes."""
+
+    offsets: np.ndarray  # [E] int64
+    row_strides: np.ndarray  # [E] int64
+    column_strides: np.ndarray  # [E] int64
+    dtype: torch.dtype
+    alternating: bool = False
+    """Whether the file has row i of the model at 2i, and row rows/2 + i at 2i + 1."""
+
+    def view(self, buffer: torch.Tensor, expert: int, rows: int, columns: int) -> torch.Tensor:
+        """[rows, columns] in the order of the model: strided; or, where rows alternate, a copy."""
+        start, size = int(self.offsets[expert]), self.dtype.itemsize
+        end = start + (buffer.numel() - start) // size * size
+        strides = (int(self.row_strides[expert]), int(self.column_strides[expert]))
+        stored = buffer[start:end].view(self.dtype).as_strided((rows, columns), strides)
+        if not self.alternating:
+            return stored  # [rows, columns]
+        return torch.cat((stored[0::2], stored[1::2]))  # [rows, columns]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredExperts:
+    """Both factors of one projection of all experts of a layer: `a` [r[e], in] and `b` [out, r[e]],
+    the canonical form of every layout that adapters for experts come in."""
+
+    a: StoredFactor
+    b: StoredFactor
+    r: np.ndarray  # [E] int32; 0: this expert has no LoRA, and its offsets mean nothing
+    scales: np.ndarray  # [E] float32
+    in_features: int
+    out_features: int
+
+    @property
+    def num_elements(self) -> int:
+        """Of A and B of all experts, each counted as its own although experts may share bytes."""
+        return int(self.r.sum()) * (self.in_features + self.out_features)
+
+    def views(
+        self, buffer: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, float]]:
+        """(expert, a [r, in], b [out, r], scale) of those that have LoRA."""
+        for expert in np.flatnonzero(self.r).tolist():
+            r = int(self.r[expert])
+            a = self.a.view(buffer, expert, r, self.in_features)  # [r, in]
+            b = self.b.view(buffer, expert, self.out_features, r)  # [out, r]
+            yield expert, a, b, float(self.scales[expert])
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What stands where. `runs` are (offset in the file, offset in the buffer, bytes); one is usual."""
 
     pairs: dict[str, StoredPair]
     runs: tuple[tuple[int, int, int], ...]
+    experts: dict[str, StoredExperts] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

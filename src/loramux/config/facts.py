@@ -13,6 +13,8 @@ class Widths:
     product: int = 0  # out of the widest product: gate and up together
     inner: int = 0  # into the widest product: what the MLP multiplies down
     vocab: int = 0
+    pairs: int = 0  # experts of a token
+    routed: int = 0  # of one pair of token and expert, all that is alive at once
     itemsize: int = 2
     fused: bool = True  # the model's own forward keeps more at a time
 

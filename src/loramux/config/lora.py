@@ -31,6 +31,7 @@ HASHED_FIELDS = (
     "enable_tower_connector_lora",
     "specialize_active_lora",
     "enable_mixed_moe_lora_format",
+    "enable_moe_shared_loras",
 )
 
 # Fields that do not: where weights wait on the host, and which adapter a request gets by default.
@@ -40,7 +41,6 @@ UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras")
 NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
     "default_mm_loras": (None, "it needs multimodal requests"),
     "enable_tower_connector_lora": (False, "it needs multimodal models"),
-    "enable_mixed_moe_lora_format": (False, "it needs mixture-of-experts adapters"),
 }
 
 _warned_dual_stream = False
@@ -103,7 +103,12 @@ class LoRAConfig(BaseModel):
     """Capture CUDA graphs for several counts of active adapters instead of one for all."""
 
     enable_mixed_moe_lora_format: bool = False
-    """Serve every layout of mixture-of-experts adapters in one deployment."""
+    """Serve every layout of mixture-of-experts adapters in one deployment and one batch. Off: only the
+    one that is natural to the model, and adapters in another are refused."""
+
+    enable_moe_shared_loras: bool = False
+    """Serve, beside the layout natural to the model, adapters whose experts share a factor: one A for
+    gate and up of all experts, one B for down."""
 
     @field_validator("lora_dtype", mode="before")
     @classmethod

@@ -203,9 +203,11 @@ def _layer_bytes(tokens: int, lora: LoRAConfig | None, facts: ModelFacts) -> int
     row = (4 * widths.hidden + widths.product + widths.inner) * widths.itemsize
     if not widths.fused:
         row *= 2
+    row += widths.pairs * widths.routed * widths.itemsize
     if lora is not None:
         # Gate and up of each pool row, as float32 where a kernel of its own makes them.
-        row += 2 * min(pool_rows(lora, facts.row_granule), MOST_PRODUCT_ROWS) * 4
+        shrunk = 2 * min(pool_rows(lora, facts.row_granule), MOST_PRODUCT_ROWS) * 4
+        row += max(1, widths.pairs) * shrunk
     return tokens * row
 
 

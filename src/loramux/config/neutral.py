@@ -16,6 +16,7 @@ ANYTHING = object()
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
+    "enable_expert_parallel": (False,),
     "trust_remote_code": (False,),
     "quantization": (None,),
     "tokenizer_mode": ("auto",),

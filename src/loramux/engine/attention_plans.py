@@ -51,6 +51,8 @@ def _reason_against(
     shapes = {(a.num_heads, a.key_shape, a.value_shape) for a in attentions}
     if len(shapes) != 1:
         return "its layers have different heads"
+    if any(attention.sinks is not None for attention in attentions):
+        return "its layers have attention sinks"
     first = attentions[0]
     assert first.key_shape is not None and first.value_shape is not None
     return available(first.key_shape[1], first.value_shape[1], dtype, device)

@@ -15,12 +15,18 @@ from contextlib import contextmanager
 
 import torch
 
-from loramux.adapters.weights import AdapterWeights
+from loramux.adapters.weights import AdapterWeights, StoredExperts
 from loramux.engine.plan import AdapterLoad
 from loramux.engine.ring import CHUNK_BYTES, CHUNKS, Ring
 from loramux.errors import AdapterLoadFailed
 from loramux.kernels import LoRASite
-from loramux.kernels.triton_scatter import ScatterTable, SliceSource, scatter
+from loramux.kernels.triton_scatter import (
+    ExpertSource,
+    ScatterTable,
+    SliceSource,
+    Sources,
+    scatter,
+)
 from loramux.schema import ModelSchema
 
 STAGING_STEP = 32 << 20  # staging grows in these, so that similar adapters share one
@@ -104,13 +110,18 @@ class DeviceLoader:
         table = staging[table_at : table_at + self._table.num_bytes].view(torch.int64)
         scatter(work, table.view(work.table.shape))  # [E, COLUMNS]
 
-    def _sources(self, weights: AdapterWeights) -> dict[tuple[int, int], SliceSource]:
-        return {
+    def _sources(self, weights: AdapterWeights) -> Sources:
+        linear = {
             self._modules[name]: SliceSource(
                 pair.a.offset, pair.a.dtype, pair.b.offset, pair.b.dtype, pair.a.rows, pair.scale
             )
             for name, pair in weights.layout.pairs.items()
         }
+        experts = {
+            self._modules[name]: _expert_source(stored)
+            for name, stored in weights.layout.experts.items()
+        }
+        return {**linear, **experts}
 
     def _send(self, host: torch.Tensor, staging: torch.Tensor, at: int) -> None:
         """Copy `host` [bytes] to staging[at:]; the last of it is on its way when this returns."""
@@ -137,3 +148,13 @@ class DeviceLoader:
         with torch.cuda.stream(self._stream):
             scatter(work, table)
         self._stream.synchronize()
+
+
+def _expert_source(stored: StoredExperts) -> ExpertSource:
+    a, b = stored.a, stored.b
+    return ExpertSource(
+        *(a.offsets, (a.row_strides, a.column_strides), a.dtype),
+        *(b.offsets, (b.row_strides, b.column_strides), b.dtype),
+        *(stored.r, stored.scales, stored.out_features),
+        alternating=b.alternating,
+    )

@@ -25,7 +25,6 @@ from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
 from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import (
-    CHUNK_WORDS,
     Capacity,
     PackedStep,
     Run,
@@ -44,7 +43,7 @@ from loramux.engine.singles import Limits, single_tokens
 from loramux.engine.trial import failing_sizes, trial_rows
 from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up
-from loramux.kernels import AttentionBatch, WorkList, take_tokens
+from loramux.kernels import AttentionBatch, take_tokens
 from loramux.layers.batch import LoRAStep
 from loramux.layers.sharded import deal_out
 from loramux.models.attach import Attached
@@ -276,7 +275,8 @@ class GpuRunner(Runner):
         lora = None
         if choice is not None:
             lora = self._lora_step(
-                packed, shape.chunks, rows_per_chunk, choice.base_rows, choice.width
+                *(packed, shape.chunks, rows_per_chunk, choice.base_rows, choice.width),
+                members=sum(len(run.members) for run in runs_of(rows)),
             )
         attention = self._attention_batch(packed, count, shape.max_queries, lists, widest)
         return self._forward(packed, tokens, shape.kept, attention, lora)
@@ -361,19 +361,16 @@ class GpuRunner(Runner):
         return attention_batch(packed, self._planner, count, most, lists, widest)
 
     def _lora_step(
-        self, packed: PackedStep, chunks: int, rows_per_chunk: int, base_rows: int, width: int
+        self,
+        packed: PackedStep,
+        chunks: int,
+        rows_per_chunk: int,
+        base_rows: int,
+        width: int,
+        members: int | None = None,
     ) -> LoRAStep:
-        view, buffer = packed.view, packed.device
-        work = WorkList(
-            chunks=view(buffer, "chunks")[: CHUNK_WORDS * chunks].view(chunks, CHUNK_WORDS),
-            counts=view(buffer, "counts"),
-            member_rows=view(buffer, "member_rows"),
-            member_columns=view(buffer, "member_columns"),
-            member_scales=view(buffer, "member_scales"),
-            member_ranks=view(buffer, "member_ranks"),
-            rows_per_chunk=rows_per_chunk,
-            max_chunks=chunks,
-        )
+        """`members`: how many the step has, where that is known; experts' work depends on it."""
+        work = packed.work(chunks, rows_per_chunk, members)
         dealt = deal_out(work, self._deal) if self._deal > 1 else None
         return LoRAStep(work, base_rows, width, self._lora_stream, dealt)
 
@@ -398,13 +395,13 @@ class GpuRunner(Runner):
     def _make_chooser(self, facts: ModelFacts) -> LoRAChooser | None:
         lora = self.config.lora
         self._active: list[int] = []
-        if lora is None or not self.attached.sites:
+        if lora is None or not (self.attached.sites or self.attached.experts):
             return None
         if lora.specialize_active_lora:
             self._active = active_buckets(lora.max_loras)
-        site = self.attached.sites[0]
-        buckets = row_buckets(site.pool_rows) if site.extends_product else []
-        costs = load_costs(self.attached.sites, lora, facts, measure=self._on_gpu)
+        sites = [s for s in self.attached.sites if s.extends_product] or self.attached.sites
+        buckets = row_buckets(sites[0].pool_rows) if sites and sites[0].extends_product else []
+        costs = load_costs(sites, lora, facts, measure=self._on_gpu)
         # One choice on all ranks: it decides what is captured, and so what meets in collectives.
         return LoRAChooser(buckets, self.group.share(costs, self._device))
 

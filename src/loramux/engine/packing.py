@@ -17,6 +17,7 @@ import torch
 
 from loramux.config.graphs import LARGEST
 from loramux.engine.plan import PENDING, Row
+from loramux.kernels import WorkList
 
 Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
@@ -116,6 +117,20 @@ class PackedStep:
         start = self.offsets[name]
         field = buffer[start : start + self._lengths[name]]
         return field.view(torch.float32) if name == "member_scales" else field
+
+    def work(self, chunks: int, rows_per_chunk: int, members: int | None = None) -> WorkList:
+        """The adapters of the step on the device, of at most so many chunks and members."""
+        view, buffer = self.view, self.device
+        return WorkList(
+            chunks=view(buffer, "chunks")[: CHUNK_WORDS * chunks].view(chunks, CHUNK_WORDS),
+            counts=view(buffer, "counts"),
+            member_rows=view(buffer, "member_rows")[:members],
+            member_columns=view(buffer, "member_columns")[:members],
+            member_scales=view(buffer, "member_scales")[:members],
+            member_ranks=view(buffer, "member_ranks")[:members],
+            rows_per_chunk=rows_per_chunk,
+            max_chunks=chunks,
+        )
 
     def arrays(self, host: torch.Tensor) -> dict[str, Array]:
         return {name: self.view(host, name).numpy() for name in self._lengths}

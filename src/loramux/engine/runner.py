@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from loramux.adapters.shards import cut_adapter, dealt_rows
-from loramux.adapters.weights import AdapterWeights
+from loramux.adapters.weights import AdapterWeights, StoredExperts
 from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
 from loramux.config.memory import pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
@@ -20,7 +20,8 @@ from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
 from loramux.engine.reading import Reading
 from loramux.errors import ConfigError
 from loramux.kernels import LoRASite
-from loramux.layers.sharded import ShardedLinear
+from loramux.layers.dealt import dealt_sites
+from loramux.layers.experts import own_sites
 from loramux.models.attach import Attached
 from loramux.models.device_memory import refused_when_full
 
@@ -67,13 +68,10 @@ class Runner(ABC):
         self._taking = partial(_taking, config, facts)
         with self._taking("pool", self._plan.needs.pool):
             self._attach_pool(config, dtype)
-            self._sites = [merged.site for merged in attached.sites if merged.site is not None]
+            linear = [merged.site for merged in attached.sites if merged.site is not None]
+            self._sites = [*linear, *own_sites(attached.experts)]
             self._loader = self._make_loader(self._sites)
-            self._dealt_sites = [
-                merged.dealt_site
-                for merged in attached.sites
-                if isinstance(merged, ShardedLinear) and merged.dealt_site is not None
-            ]
+            self._dealt_sites = dealt_sites(attached.sites, attached.experts, self._deal)
             self._dealt_loader = self._make_loader(self._dealt_sites)
         with self._taking("kv_cache", self._plan.kv_bytes):
             for attention in attached.attentions:
@@ -86,6 +84,8 @@ class Runner(ABC):
             under = self.extends_products and lora_dtype == dtype and self._deal == 1
             for site in self.attached.sites:
                 site.attach_site(rows, lora_dtype, under_weight=under)
+            for experts in self.attached.experts:
+                experts.attach_sites(rows, lora_dtype)
 
     reading: Reading[torch.cuda.Event] | None = None  # where steps run behind the host
     extends_products = False  # whether A stands under the base weights
@@ -152,7 +152,7 @@ class Runner(ABC):
         rows = slice(load.first_row, load.first_row + weights.ref.max_r)
         first = load.first_row
         for site in sites:
-            site.row_r[:, rows] = 0
+            site.row_r.view(site.num_slices, site.experts, -1)[:, :, rows] = 0
         for name, pair in weights.pairs.items():
             spec = self.attached.schema.modules[name]
             site, index = sites[spec.site], spec.slice_index
@@ -161,6 +161,9 @@ class Runner(ABC):
             site.b[first : first + pair.r, columns].copy_(pair.b)  # [r, out]
             site.row_scale[index, first] = pair.scale
             site.row_r[index, first] = pair.r
+        for name, stored in weights.layout.experts.items():
+            spec = self.attached.schema.modules[name]
+            _write_experts(sites[spec.site], spec.slice_index, stored, weights.buffer, first)
 
     def _make_loader(self, sites: Sequence[LoRASite]) -> DeviceLoader | None:
         """What brings adapters to a GPU beside the steps; None on a CPU, or without adapters."""
@@ -169,6 +172,20 @@ class Runner(ABC):
         from loramux.engine.device_loader import DeviceLoader
 
         return DeviceLoader(self._device, sites, self.attached.schema)
+
+
+def _write_experts(
+    site: LoRASite, index: int, stored: StoredExperts, buffer: torch.Tensor, first: int
+) -> None:
+    """One projection of all experts, into slice `index` from rank row `first` of each on."""
+    columns = slice(site.slice_starts[index], site.slice_starts[index + 1])
+    rows = site.row_r.shape[1] // site.experts
+    for expert, a, b, scale in stored.views(buffer):
+        start = expert * rows + first
+        site.a[index, start : start + len(a)].copy_(a)  # [r, in]
+        site.b[start : start + len(a), columns].copy_(b.t())  # [r, out]
+        site.row_scale[index, start] = scale
+        site.row_r[index, start] = len(a)
 
 
 def _taking(

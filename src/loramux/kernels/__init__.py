@@ -8,6 +8,9 @@
     rope_kv, gated, add_rms_norm    the same with a shrunk LoRA delta folded in (`Expand`)
     linear           x [T, K] times a weight and a bias; a GPU has its own for one row
     take_tokens      a step's input ids, those of the step before among them
+    route            each token's experts [T, K] -> the order in which they are computed
+    take_rows, combine    x [T, H] into that order, and the weighted sum of its rows back
+    grouped_linear   rows [S, in], sorted by expert, times their experts' weights
     PackedLinear     a CPU linear with its weight in oneDNN's own order
 
 Ops change only what their text says; `out` tensors are new and contiguous. An op picks its
@@ -23,13 +26,16 @@ from loramux.kernels.arguments import (
     Expand,
     LoRASite,
     NormMode,
+    Routing,
     Segments,
     WorkList,
 )
 from loramux.kernels.dispatch import (
     OPS,
     add_rms_norm,
+    combine,
     gated,
+    grouped_linear,
     linear,
     lora_delta,
     lora_expand,
@@ -38,8 +44,10 @@ from loramux.kernels.dispatch import (
     rms_norm,
     rope,
     rope_kv,
+    route,
     shrink_parts,
     silu_mul,
+    take_rows,
     take_tokens,
     write_kv,
 )
@@ -53,10 +61,13 @@ __all__ = [
     "LoRASite",
     "NormMode",
     "PackedLinear",
+    "Routing",
     "Segments",
     "WorkList",
     "add_rms_norm",
+    "combine",
     "gated",
+    "grouped_linear",
     "linear",
     "lora_delta",
     "lora_expand",
@@ -65,8 +76,10 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_kv",
+    "route",
     "shrink_parts",
     "silu_mul",
+    "take_rows",
     "take_tokens",
     "write_kv",
 ]

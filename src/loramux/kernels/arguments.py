@@ -44,6 +44,9 @@ class LoRASite:
     row_scale: torch.Tensor
     """[S, R] float32: alpha/r (or its rsLoRA form) of the adapter whose first row this is."""
 
+    experts: int = 1
+    """R is so many times a pool: row k of the pool is, for expert e, row e * (R // experts) + k."""
+
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +113,8 @@ class WorkList:
     chunks: torch.Tensor
     """[C, 8] int32: first row, end row, first member, end member; and again what stands in the
     lists below of the first member: row, column, bits of the scale, rank (a kernel then waits for
-    memory once less). From the chunks in use to `max_chunks` <= C they have no rows (0, 0)."""
+    memory once less). From the chunks in use to `max_chunks` <= C they have no rows (0, 0).
+    A row that differs from the list's, because it is an expert's, moves all members of the chunk."""
 
     counts: torch.Tensor
     """[2] int32: chunks without members, chunks in use."""
@@ -132,6 +136,30 @@ class WorkList:
 
     max_chunks: int
     """No step has more chunks than this."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """In which order the pairs of token and expert are computed; S = T * K of them.
+
+    Sorted by expert, then by composition, then by pair: what an expert computes stands together,
+    and in it what takes the same adapters. Every tensor is on the ops' device, and no size depends
+    on what it holds: a captured graph is right for every choice of experts.
+    """
+
+    order: torch.Tensor
+    """[S] int32: the pair t * K + k at each sorted row."""
+
+    places: torch.Tensor
+    """[S] int32: the sorted row of each pair, the inverse of `order`."""
+
+    ends: torch.Tensor
+    """[E] int32: one past the last sorted row of each expert."""
+
+    work: WorkList | None
+    """The sorted rows in chunks of one expert and one composition; the members' lists are the
+    step's. Every row is in a chunk; those without members stand among the others, `counts[0]` is 0.
+    Behind the chunks in use are zeros. None: the step has no adapters."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

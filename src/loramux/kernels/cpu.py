@@ -15,11 +15,22 @@ from loramux.kernels import cpu_prefill, reference
 from loramux.kernels.arguments import AttentionBatch, Expand, LoRASite, NormMode, Segments
 from loramux.kernels.cpu_glue import add_rms_norm, gated, rms_norm, rope, silu_mul
 from loramux.kernels.cpu_library import DTYPES, holding, releasing
-from loramux.kernels.reference import linear, lora_expand, lora_shrink, take_tokens
+from loramux.kernels.reference import (
+    combine,
+    grouped_linear,
+    linear,
+    lora_expand,
+    lora_shrink,
+    route,
+    take_rows,
+    take_tokens,
+)
 
 __all__ = [
     "add_rms_norm",
+    "combine",
     "gated",
+    "grouped_linear",
     "linear",
     "lora_delta",
     "lora_expand",
@@ -28,7 +39,9 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_kv",
+    "route",
     "silu_mul",
+    "take_rows",
     "take_tokens",
     "write_kv",
 ]
@@ -46,6 +59,7 @@ class _Attention(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("q", "k", "v", "out", "tables", "starts", "contexts", "chosen")),
+        ("sinks", _P),
         *((name, _I) for name in ("num_chosen", "table_stride", "q_token", "q_head", "k_block")),
         *((name, _I) for name in ("v_block", "heads", "kv_heads", "dim", "v_dim", "block_size")),
         *((name, _I) for name in ("window", "dtype", "threads", "num_blocks")),
@@ -178,24 +192,36 @@ def paged_attention(
     scaling: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `loramux.kernels.paged_attention`; long chunks go to `cpu_prefill`."""
     dtype = DTYPES.get(q.dtype)
     plain = q.stride(2) == 1 and k_cache.dtype == q.dtype == v_cache.dtype
     if dtype is None or not (plain and _is_paged(k_cache) and _is_paged(v_cache)):
-        return reference.paged_attention(q, k_cache, v_cache, batch, scaling, window, softcap)
+        return reference.paged_attention(
+            q, k_cache, v_cache, batch, scaling, window, softcap, sinks
+        )
+    if sinks is not None:
+        _check_sinks(sinks, q.shape[1])
     short, long, covered = _split(batch, k_cache.shape[1])
-    tokens, heads, _ = q.shape
+    tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, v_cache.shape[3])  # [T, H, Dv]
     if covered < tokens:
         out[covered:] = 0
-    chosen = short if softcap == 0 else short + long
+    by_products = softcap == 0 and (sinks is None or dim == v_cache.shape[3])
+    chosen = short if by_products else short + long
     if chosen:
-        _attend(q, k_cache, v_cache, out, batch, chosen, (scaling, window, softcap, dtype))
-    if softcap == 0:
+        _attend(q, k_cache, v_cache, out, batch, chosen, (scaling, window, softcap, dtype), sinks)
+    if by_products:
         for i in long:
-            cpu_prefill.attend(q, k_cache, v_cache, out, batch, i, scaling, window)
+            cpu_prefill.attend(q, k_cache, v_cache, out, batch, i, scaling, window, sinks)
     return out
+
+
+def _check_sinks(sinks: torch.Tensor, heads: int) -> None:
+    plain = sinks.dtype == torch.float32 and sinks.is_contiguous() and sinks.is_cpu
+    if sinks.shape != (heads,) or not plain:
+        raise ValueError(f"paged_attention: sinks must be {heads} contiguous float32 on the CPU")
 
 
 def _split(batch: AttentionBatch, block_size: int) -> tuple[list[int], list[int], int]:
@@ -226,6 +252,7 @@ def _attend(
     batch: AttentionBatch,
     chosen: list[int],
     rest: tuple[float, int, float, int],
+    sinks: torch.Tensor | None,
 ) -> None:
     """Fill `out` [T, H, Dv] for `chosen` sequences; rest: scaling, window, softcap, dtype."""
     notes, key = batch.notes, f"cpu {len(chosen)}"
@@ -238,6 +265,7 @@ def _attend(
         *(q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()),
         *(tables.data_ptr(), batch.query_starts_tensor.data_ptr()),
         *(batch.context_lens_tensor.data_ptr(), ctypes.addressof(notes[key])),
+        None if sinks is None else sinks.data_ptr(),
         *(len(chosen), tables.stride(0), q_token, q_head, k_cache.stride(0), v_cache.stride(0)),
         *(q.shape[1], kv_heads, dim, v_cache.shape[3], size, window, dtype),
         *(torch.get_num_threads(), k_cache.shape[0], scaling, softcap),

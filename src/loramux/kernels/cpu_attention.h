@@ -16,6 +16,7 @@ struct AttentionArgs {
   const int32_t* tables;                // [Q, table_stride]
   const int32_t *starts, *contexts;     // [Q + 1], [Q]
   const int32_t* chosen;                // [num_chosen] indices of the sequences to do
+  const float* sinks;                   // [H] a score more of each head's softmax, or null
   int64_t num_chosen, table_stride, q_token, q_head, k_block, v_block;
   int64_t heads, kv_heads, dim, v_dim, block_size, window, dtype, threads, num_blocks;
   double scaling, softcap;
@@ -218,10 +219,13 @@ class Attention {
     const int64_t rows = queries(unit.sequence) * group_, start = a_.starts[unit.sequence];
     for (int64_t r = 0; r < rows; ++r) {
       const float* state = states + r * state_size();
-      T* to = (T*)a_.out + ((start + r / group_) * a_.heads + unit.kv_head * group_ + r % group_) *
-                               a_.v_dim;
+      const int64_t head = unit.kv_head * group_ + r % group_;
+      T* to = (T*)a_.out + ((start + r / group_) * a_.heads + head) * a_.v_dim;
+      // Here, where the parts of a row are one, a sink counts once.
+      const float sink = a_.sinks ? std::exp(a_.sinks[head] - state[0]) : 0.0f;
+      const float total = state[1] + sink;
       by_sixteen(a_.v_dim, [&](int64_t i, int64_t n) {
-        const Vec result = load(state + W + i) / state[1];
+        const Vec result = load(state + W + i) / total;
         n == W ? store(to + i, result) : store_n(to + i, result, n);
       });
     }

@@ -1,4 +1,9 @@
-"""Attention for long chunks of one sequence on the CPU: gather its blocks, then torch's SDPA."""
+"""Attention for long chunks of one sequence on the CPU: gather its blocks, then torch's SDPA.
+
+Sinks are not among SDPA's arguments. They enlarge the softmax's denominator and nothing else, so its
+result is scaled by what of the denominator is not the sink: that takes the logarithm of the rest,
+which only the op under SDPA gives out. It takes values of the keys' size alone.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,7 @@ def attend(
     i: int,
     scaling: float,
     window: int,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Fill sequence `i`'s rows of `out` [T, H, Dv] from `q` [T, H, D] and the paged caches."""
     start, end = batch.query_starts[i], batch.query_starts[i + 1]
@@ -30,7 +36,7 @@ def attend(
     values = gather_positions(v_cache, batch.block_tables[i], first, context)  # [c, Hkv, Dv]
     queries = q[start:end]  # [q, H, D]
     if context == end - start and (window == 0 or window >= context):
-        out[start:end] = _sdpa(queries, keys, values, None, scaling)  # [q, H, Dv]
+        out[start:end] = _sdpa(queries, keys, values, None, scaling, sinks)  # [q, H, Dv]
         return
     step = max(16, MASK_ELEMENTS // (context - first))
     for lo in range(0, end - start, step):
@@ -39,18 +45,46 @@ def attend(
         low = max(first, last - (hi - lo) + 1 - window) if window else first
         seen = ~hidden_mask(hi - lo, last, low, window, q.device)  # [hi - lo, last - low]
         part = slice(low - first, last - first)
-        result = _sdpa(queries[lo:hi], keys[part], values[part], seen, scaling)
+        result = _sdpa(queries[lo:hi], keys[part], values[part], seen, scaling, sinks)
         out[start + lo : start + hi] = result  # [hi - lo, H, Dv]
 
 
 def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scaling: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """[q, H, D], [c, Hkv, D], [c, Hkv, Dv], mask [q, c] or causal -> [q, H, Dv]."""
     grouped = k.shape[1] != q.shape[1]
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, H, q, D]
     causal = seen is None
+    if sinks is not None:
+        return _with_sinks(q, k, v, seen, scaling, sinks)  # [q, H, Dv]
     result = F.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, is_causal=causal, scale=scaling, enable_gqa=grouped
     )  # [1, H, q, Dv]
     return result[0].transpose(0, 1)  # [q, H, Dv]
+
+
+def _with_sinks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """[1, H, q, D], [1, Hkv, c, D], [1, Hkv, c, D], mask [q, c] or causal, [H] -> [q, H, D]."""
+    mask = None
+    if seen is not None:
+        mask = torch.zeros_like(seen, dtype=q.dtype)  # [q, c]
+        mask.masked_fill_(~seen, float("-inf"))
+    result, logarithm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=seen is None, attn_mask=mask, scale=scaling
+    )  # [1, H, q, D], [1, H, q] float32
+    share = torch.sigmoid(logarithm[0] - sinks[:, None])  # [H, q]
+    scaled: torch.Tensor = result[0] * share[..., None]  # [H, q, D] float32
+    return scaled.to(q.dtype).transpose(0, 1)  # [q, H, D]

@@ -20,12 +20,14 @@ def paged_attention(
     scaling: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`q` [T, H, D] over the caches [num_blocks, block_size, Hkv, D or Dv] -> [T, H, Dv]."""
     planner: FlashInferPlanner | None = batch.notes.get(PLANNER)
     kind = (scaling, window, softcap)
     if planner is not None and planner.covers(kind):
+        assert sinks is None, "a model with sinks has no planner. This is a bug."
         return planner.run(q, k_cache, v_cache, kind)  # [T, H, D]
     return triton_attention.paged_attention(
-        q, k_cache, v_cache, batch, scaling, window, softcap
+        q, k_cache, v_cache, batch, scaling, window, softcap, sinks
     )  # [T, H, Dv]

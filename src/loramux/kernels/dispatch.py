@@ -14,6 +14,7 @@ from loramux.kernels.arguments import (
     Expand,
     LoRASite,
     NormMode,
+    Routing,
     Segments,
     WorkList,
 )
@@ -31,6 +32,10 @@ OPS = (
     "gated",
     "rope_kv",
     "take_tokens",
+    "route",
+    "take_rows",
+    "combine",
+    "grouped_linear",
 )
 
 
@@ -42,7 +47,14 @@ class Backend(Protocol):
     ) -> None: ...
 
     def lora_shrink(
-        self, x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor, /
+        self,
+        x: torch.Tensor,
+        site: LoRASite,
+        work: WorkList,
+        h: torch.Tensor,
+        order: torch.Tensor | None = None,
+        top_k: int = 1,
+        /,
     ) -> None: ...
 
     def lora_expand(self, y: torch.Tensor, expand: Expand, /) -> None: ...
@@ -66,6 +78,7 @@ class Backend(Protocol):
         scaling: float,
         window: int = 0,
         softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         /,
     ) -> torch.Tensor: ...
 
@@ -128,6 +141,25 @@ class Backend(Protocol):
         self, ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor, /
     ) -> torch.Tensor: ...
 
+    def route(
+        self,
+        chosen: torch.Tensor,
+        num_experts: int,
+        work: WorkList | None,
+        rows_per_expert: int,
+        /,
+    ) -> Routing: ...
+
+    def take_rows(self, x: torch.Tensor, order: torch.Tensor, top_k: int, /) -> torch.Tensor: ...
+
+    def combine(
+        self, y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, /
+    ) -> torch.Tensor: ...
+
+    def grouped_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, /
+    ) -> torch.Tensor: ...
+
 
 @cache
 def backend(device: torch.device) -> Backend:
@@ -157,12 +189,20 @@ def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segme
         backend(y.device).lora_delta(y, x, site, segments)
 
 
-def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor) -> None:
+def lora_shrink(
+    x: torch.Tensor,
+    site: LoRASite,
+    work: WorkList,
+    h: torch.Tensor,
+    order: torch.Tensor | None = None,
+    top_k: int = 1,
+) -> None:
     """Fill the columns of `h` [P, T, W] that the rows' members own with parts of x [T, in] @ A^T.
 
     `x` is rounded to the dtype of `site.a` first. What the P parts are is the implementation's
-    affair, their sum is not; other columns are not written. See `Expand.h` for the columns."""
-    backend(x.device).lora_shrink(x, site, work, h)
+    affair, their sum is not; other columns are not written. See `Expand.h` for the columns. With
+    `order` [S] int32 row i of `h` [P, S, W] is that of row order[i] // top_k of `x`."""
+    backend(x.device).lora_shrink(x, site, work, h, order, top_k)
 
 
 def lora_expand(y: torch.Tensor, expand: Expand) -> None:
@@ -190,13 +230,17 @@ def paged_attention(
     scaling: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of `q` [T, H, D] over cached positions -> [T, H, Dv].
 
     `window` > 0: only the last `window` positions, the query's own included. `softcap` > 0:
-    scores s become softcap * tanh(s / softcap). Head h reads KV head h // (H // Hkv).
+    scores s become softcap * tanh(s / softcap). `sinks` [H] float32, contiguous: the softmax of
+    head h has one score more, sinks[h], whose value is zero. Head h reads KV head h // (H // Hkv).
     """
-    return backend(q.device).paged_attention(q, k_cache, v_cache, batch, scaling, window, softcap)
+    return backend(q.device).paged_attention(
+        q, k_cache, v_cache, batch, scaling, window, softcap, sinks
+    )
 
 
 def rms_norm(
@@ -276,6 +320,34 @@ def linear(
 def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """`ids` [T] int32, or where `sources` [T] int32 >= 0 chosen[source] (int64) -> [T] int64."""
     return backend(ids.device).take_tokens(ids, sources, chosen)
+
+
+def route(
+    chosen: torch.Tensor, num_experts: int, work: WorkList | None, rows_per_expert: int
+) -> Routing:
+    """The order in which the experts `chosen` [T, K] (int32 or int64) are computed.
+
+    `work` says what adapters the T tokens take; tokens in none of its chunks take none. Rank row k
+    of expert e is row e * `rows_per_expert` + k of the pool, see `LoRASite.experts`."""
+    return backend(chosen.device).route(chosen, num_experts, work, rows_per_expert)
+
+
+def take_rows(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The rows of `x` [T, H] (any row stride) that the pairs `order` [S] belong to -> [S, H]."""
+    return backend(x.device).take_rows(x, order, top_k)
+
+
+def combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums over k of weights[t, k] * y[places[t * K + k]]: `y` [S, H] (any row stride),
+    `weights` [T, K] (any dtype and strides) -> [T, H], rounded once to the dtype of `y`."""
+    return backend(y.device).combine(y, places, weights)
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`x` [S, in] times the transposed `weight` [E, out, in] of each row's expert -> [S, out].
+
+    Expert e has the rows from ends[e - 1] (or 0) to ends[e] - 1; the last of `ends` [E] is S."""
+    return backend(x.device).grouped_linear(x, weight, ends)
 
 
 def shrink_parts(tokens: int, features: int, chunks: int) -> int:

@@ -18,6 +18,29 @@ from loramux.kernels.arguments import (
     Segments,
     WorkList,
 )
+from loramux.kernels.reference_experts import combine, grouped_linear, route, take_rows
+
+__all__ = [
+    "add_rms_norm",
+    "combine",
+    "gated",
+    "gather_positions",
+    "grouped_linear",
+    "hidden_mask",
+    "linear",
+    "lora_delta",
+    "lora_expand",
+    "lora_shrink",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_kv",
+    "route",
+    "silu_mul",
+    "take_rows",
+    "take_tokens",
+    "write_kv",
+]
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,21 +79,32 @@ def _member_delta(x: torch.Tensor, site: LoRASite, s: int, p: int, r: int) -> to
 
 
 def _members(work: WorkList) -> list[tuple[int, int, int, int, float]]:
-    """(first row, end row, pool row, column, scale) of every member of every chunk in use."""
+    """(first row, end row, pool row, column, scale) of every member of every chunk in use.
+
+    The chunk says its first member's pool row, and the others are moved with it."""
     chunks = work.chunks[: int(work.counts[1])].tolist()
     rows, columns = work.member_rows.tolist(), work.member_columns.tolist()
     scales = work.member_scales.tolist()
     return [
-        (first, end, rows[m], columns[m], scales[m])
-        for first, end, start, stop, *_ in chunks
+        (first, end, p + rows[m] - rows[start], columns[m], scales[m])
+        for first, end, start, stop, p, *_ in chunks
         for m in range(start, stop)
     ]
 
 
-def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor) -> None:
+def lora_shrink(
+    x: torch.Tensor,
+    site: LoRASite,
+    work: WorkList,
+    h: torch.Tensor,
+    order: torch.Tensor | None = None,
+    top_k: int = 1,
+) -> None:
     """Write x [T, in] @ A^T of every row's members into the columns of `h` [P, T, W] that they own.
 
     The first of the P parts gets the sum, the others zeros."""
+    if order is not None:
+        x = take_rows(x, order, top_k)  # [S, in]
     ranks = site.row_r.tolist()
     for first, end, p, column, _ in _members(work):
         for s in range(site.num_slices):
@@ -136,6 +170,7 @@ def paged_attention(
     scaling: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of `q` [T, H, D] over the paged cache -> [T, H, Dv], dtype of `q`.
 
@@ -152,7 +187,7 @@ def paged_attention(
         values = _wide(gather_positions(v_cache, batch.block_tables[i], first, context))
         queries = _wide(q[start:end])  # [q, H, D]
         hidden = hidden_mask(end - start, context, first, window, q.device)  # [q, c]
-        result = _attend(queries, keys, values, hidden, scaling, softcap)  # [q, H, Dv]
+        result = _attend(queries, keys, values, hidden, scaling, softcap, sinks)  # [q, H, Dv]
         out[start:end] = result.to(q.dtype)  # [q, H, Dv]
     return out
 
@@ -186,6 +221,7 @@ def _attend(
     hidden: torch.Tensor,
     scaling: float,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """[q, H, D], [c, Hkv, D], [c, Hkv, Dv], [q, c] -> [q, H, Dv]; head h reads h // (H / Hkv)."""
     group = q.shape[1] // k.shape[1]
@@ -194,7 +230,12 @@ def _attend(
     scores = torch.einsum("qhd,chd->hqc", q, k) * scaling  # [H, q, c]
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap  # [H, q, c]
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)  # [H, q, c]
+    scores = scores.masked_fill(hidden, float("-inf"))  # [H, q, c]
+    if sinks is not None:
+        more = sinks.to(scores.dtype)[:, None, None].expand(-1, q.shape[0], 1)  # [H, q, 1]
+        weights = torch.cat((scores, more), dim=-1).softmax(dim=-1)[..., :-1]  # [H, q, c]
+    else:
+        weights = scores.softmax(dim=-1)  # [H, q, c]
     return torch.einsum("hqc,chd->qhd", weights, v)  # [q, H, Dv]
 
 

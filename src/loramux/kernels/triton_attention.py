@@ -43,15 +43,30 @@ def _tile_scores(
 
 
 @triton.jit
+def _with_sinks(
+    total: tl.tensor,
+    top: tl.tensor,
+    sinks_ptr: tl.tensor,
+    q_head: tl.tensor,
+    sunk: tl.constexpr,
+) -> tl.tensor:
+    """The sums [M] of rows whose highest scores are `top`, with the sinks of their heads if `sunk`."""
+    if sunk:
+        base = tl.where(top == float("-inf"), 0.0, top)  # [M] where a row has seen nothing
+        total += tl.exp2(tl.load(sinks_ptr + q_head) * LOG2_E - base)  # [M]
+    return total
+
+
+@triton.jit
 def _attention_kernel(
     out_ptr: tl.tensor, q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor,
     tables_ptr: tl.tensor, starts_ptr: tl.tensor, contexts_ptr: tl.tensor, scaling: tl.tensor,
     q_stride_t: tl.tensor, q_stride_h: tl.tensor, k_stride_b: tl.tensor, k_stride_s: tl.tensor,
     k_stride_h: tl.tensor, v_stride_b: tl.tensor, v_stride_s: tl.tensor, v_stride_h: tl.tensor,
-    tables_stride: tl.tensor,
+    tables_stride: tl.tensor, sinks_ptr: tl.tensor,
     window: tl.constexpr, softcap: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr,
     dim: tl.constexpr, dim_v: tl.constexpr, block_d: tl.constexpr, block_dv: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, upcast: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, sunk: tl.constexpr, upcast: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid [row blocks, Hkv, Q]; `block_d`, `block_dv`: `dim`, `dim_v` rounded up for `tl.dot`."""
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -107,6 +122,7 @@ def _attention_kernel(
         acc = acc * fade[:, None]  # [M, Dv]
         acc += tl.dot(weights.to(values.dtype), values, input_precision="ieee")  # [M, Dv]
 
+    total = _with_sinks(total, top, sinks_ptr, q_head, sunk)  # [M]
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # [M, Dv]
     heads = tl.num_programs(1) * group
     out_at = ((token * heads + q_head) * dim_v)[:, None] + features_v[None, :]  # [M, Dv]
@@ -133,6 +149,7 @@ def paged_attention(
     scaling: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`q` [T, H, D] over the caches [num_blocks, block_size, Hkv, D or Dv] -> [T, H, Dv].
 
@@ -157,9 +174,10 @@ def paged_attention(
         batch.block_tables, batch.query_starts_tensor, batch.context_lens_tensor,
         scaling, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], *v_cache.stride()[:3], batch.block_tables.stride(0),
+        q if sinks is None else sinks,
         window=window, softcap=softcap, block_size=block_size, group=group,
         dim=dim, dim_v=dim_v, block_d=block_d, block_dv=block_dv,
-        block_m=block_m, block_n=block_n,
+        block_m=block_m, block_n=block_n, sunk=sinks is not None,
         # The interpreter multiplies the bits of bf16 as if they were integers.
         upcast=triton.knobs.runtime.interpret,
         num_warps=8 if block_m * block_dv >= 64 * 256 else 4, num_stages=2,

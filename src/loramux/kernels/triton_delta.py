@@ -42,6 +42,9 @@ TILE = Tile(8, COLUMNS, 2)
 LARGE_CHUNK = 16
 """Chunks of more rows are none of a captured graph's, which would start many programs for nothing."""
 
+MOST_ITEMS = 1 << 16
+"""More there are only where `max_chunks` is far above the chunks in use, as it is for a routing."""
+
 PROGRAMS_PER_UNIT = 8
 """Programs a multiprocessor gets at most; each streams little, so several must run at once."""
 
@@ -100,7 +103,7 @@ def programs(items: int, device: torch.device) -> tuple[int]:
 def tile_programs(expand: Expand, tiles: int) -> tuple[int]:
     """The grid of an expand with `tiles` tiles a chunk."""
     items = expand.work.max_chunks * tiles
-    if expand.work.rows_per_chunk > LARGE_CHUNK:
+    if expand.work.rows_per_chunk > LARGE_CHUNK and items <= MOST_ITEMS:
         return (items,)
     return programs(items, expand.h.device)
 
@@ -146,11 +149,15 @@ def chunk_and_end(lora, item, TILES: tl.constexpr):
 
 
 @triton.jit
-def member_after(lora, member, stop):
-    """(pool row, column, scale, rank rows) of the member after `member`, zeros if it is the last."""
+def member_after(lora, p, member, stop):
+    """(pool row, column, scale, rank rows) of the member after `member`, whose pool row is `p`.
+
+    An expert's chunk has moved all its members, so the lists only say how far they are apart.
+    Nothing is loaded after the last member, and nobody looks at what comes back."""
     more = member + 1 < stop
+    here = tl.load(lora.member_rows + member, mask=more, other=0)
     return (
-        tl.load(lora.member_rows + member + 1, mask=more, other=0),
+        p + tl.load(lora.member_rows + member + 1, mask=more, other=0) - here,
         tl.load(lora.member_columns + member + 1, mask=more, other=0),
         tl.load(lora.member_scales + member + 1, mask=more, other=0.0),
         tl.load(lora.member_ranks + member + 1, mask=more, other=0),
@@ -247,7 +254,7 @@ def chunk_delta(
                 left = tl.where((ranks < r)[None, :], left, 0.0)  # [ROWS, 16]
                 right = b_tile(lora, p, ranks, bound, r, columns, own, WIDTH)  # [16, COLS]
                 total += product(left, right) * factor
-            p, column, scale, bound = member_after(lora, member, chunk[3])
+            p, column, scale, bound = member_after(lora, p, member, chunk[3])
     return total
 
 
@@ -293,7 +300,7 @@ def tile_delta(
                 other_h = _h_tile(lora, rows, live, other_s, column, ranks, other_r, SLICES, PARTS)
                 other += product(tl.trans(other_b), tl.trans(other_h)) * other_factor
             one += product(tl.trans(b), tl.trans(h)) * factor
-        p, column, scale, bound = member_after(lora, member, chunk[3])
+        p, column, scale, bound = member_after(lora, p, member, chunk[3])
     return tl.trans(one), tl.trans(other)
 
 

@@ -43,7 +43,8 @@ def _expand(
         chunk = chunk_of(lora, item // TILES)
         low = item % TILES * COLS
         rows = chunk[0] + tl.arange(0, ROWS)
-        row_mask = rows < chunk[1]
+        # Between the others there may be chunks without members: they keep their bits.
+        row_mask = (rows < chunk[1]) & (chunk[2] < chunk[3])
         columns = low + tl.arange(0, COLS)
         column_mask = columns < WIDTH
         at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]

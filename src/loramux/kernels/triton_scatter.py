@@ -4,8 +4,8 @@
                                  B [out, r]   ─ transposed ──>   b[p:p+r, columns of s]
                                                                  row_r, row_scale [s, p:p+max_r]
 
-A table with one line a slice says where everything is; `ScatterTable` writes it. Rows outside
-p..p+max_r-1 are never touched, nor within them what the adapter leaves alone.
+A table with one line a slice, and of experts one for each, says where everything is; `ScatterTable`
+writes it. Rows outside p..p+max_r-1 are never touched, nor within them what the adapter leaves alone.
 """
 
 # The bodies of Triton functions are not Python that mypy could check.
@@ -16,25 +16,29 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.arguments import LoRASite
 
+Array = np.ndarray[Any, np.dtype[Any]]
 TILE_ROWS, TILE_FEATURES = 16, 256
 
 # Columns of the table, int64. What differs from load to load comes first. Addresses are in bytes,
 # strides in elements, data types by their place in DTYPES, the scale by its float32 bits.
-COLUMNS = 16
+COLUMNS = 21
 SOURCE_A, DTYPE_A, SOURCE_B, DTYPE_B, RANK, SCALE = (tl.constexpr(i) for i in range(6))
-CHANGING = 6
-MAX_RANK = tl.constexpr(6)
-IN, OUT = tl.constexpr(7), tl.constexpr(8)
-TARGET_A, STRIDE_A = tl.constexpr(9), tl.constexpr(10)
-TARGET_B, STRIDE_B = tl.constexpr(11), tl.constexpr(12)
-TARGET_R, TARGET_SCALE = tl.constexpr(13), tl.constexpr(14)
+ROW_A, COLUMN_A, ROW_B, COLUMN_B, HALF_B = (tl.constexpr(i) for i in range(6, 11))
+CHANGING = 11
+MAX_RANK = tl.constexpr(11)
+IN, OUT = tl.constexpr(12), tl.constexpr(13)
+TARGET_A, STRIDE_A = tl.constexpr(14), tl.constexpr(15)
+TARGET_B, STRIDE_B = tl.constexpr(16), tl.constexpr(17)
+TARGET_R, TARGET_SCALE = tl.constexpr(18), tl.constexpr(19)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -51,8 +55,48 @@ class SliceSource:
     r: int
     scale: float
 
+    def lines(self, features: int) -> Array:
+        """What the table says of it, offsets for addresses: [1, CHANGING] int64."""
+        scale = struct.unpack("<i", struct.pack("<f", self.scale))[0]
+        types = DTYPES.index(self.a_dtype), DTYPES.index(self.b_dtype)
+        places = (self.a_offset, types[0], self.b_offset, types[1])
+        return np.array([(*places, self.r, scale, features, 1, self.r, 1, 0)], np.int64)
 
-Sources = Mapping[tuple[int, int], SliceSource]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertSource:
+    """Both factors of one slice for each of E experts; all arrays are [E] int64 but `scales`, float32.
+
+    Expert e's A [r, in] begins at `a_offsets[e]` bytes, with strides of `a_strides` elements between
+    rows and between columns; B [out, r] likewise. Where r[e] is 0 the rest means nothing. With
+    `alternating` B's rows are those of two halves in turn, which the pool has one after the other."""
+
+    a_offsets: Array
+    a_strides: tuple[Array, Array]
+    a_dtype: torch.dtype
+    b_offsets: Array
+    b_strides: tuple[Array, Array]
+    b_dtype: torch.dtype
+    r: Array
+    scales: Array
+    out_features: int
+    alternating: bool = False
+
+    def lines(self, features: int) -> Array:
+        """As `SliceSource.lines`, for each expert: [E, CHANGING]."""
+        lines = np.empty((len(self.r), CHANGING), np.int64)
+        lines[:, SOURCE_A.value], lines[:, SOURCE_B.value] = self.a_offsets, self.b_offsets
+        lines[:, DTYPE_A.value] = DTYPES.index(self.a_dtype)
+        lines[:, DTYPE_B.value] = DTYPES.index(self.b_dtype)
+        lines[:, RANK.value] = self.r
+        lines[:, SCALE.value] = self.scales.astype(np.float32).view(np.int32)
+        lines[:, ROW_A.value], lines[:, COLUMN_A.value] = self.a_strides
+        lines[:, ROW_B.value], lines[:, COLUMN_B.value] = self.b_strides
+        lines[:, HALF_B.value] = self.out_features // 2 if self.alternating else 0
+        return lines
+
+
+Sources = Mapping[tuple[int, int], SliceSource | ExpertSource]
 """(site, slice) -> source; slices that are not named are left alone by the adapter."""
 
 
@@ -67,12 +111,18 @@ class ScatterTable:
         lines: list[list[int]] = []
         moves: list[list[int]] = []
         self._tiles: list[int] = []
+        self._features: dict[tuple[int, int], int] = {}
         for index, site in enumerate(sites):
             for slice_index in range(site.num_slices):
                 self._lines[index, slice_index] = len(lines)
-                lines.append(_line(site, slice_index))
-                moves.append(_bytes_per_row(site))
-                self._tiles.append(_tiles(lines[-1]))
+                self._features[index, slice_index] = site.a.shape[2]
+                first, move = _line(site, slice_index), _bytes_per_row(site)
+                rows = site.row_r.shape[1] // site.experts
+                for expert in range(site.experts):
+                    pairs = zip(first, move, strict=True)
+                    lines.append([value + step * expert * rows for value, step in pairs])
+                    moves.append(move)
+                    self._tiles.append(_tiles(first))
         self._base = torch.tensor(lines, dtype=torch.int64)  # [E, COLUMNS]
         self._per_row = torch.tensor(moves, dtype=torch.int64)  # [E, COLUMNS]
 
@@ -84,21 +134,14 @@ class ScatterTable:
         """The work of one load whose bytes begin at `buffer_address`."""
         table = self._base + self._per_row * first_row  # [E, COLUMNS]
         table[:, MAX_RANK.value] = max_r
-        changing = [
-            [
-                buffer_address + source.a_offset,
-                DTYPES.index(source.a_dtype),
-                buffer_address + source.b_offset,
-                DTYPES.index(source.b_dtype),
-                source.r,
-                struct.unpack("<i", struct.pack("<f", source.scale))[0],
-            ]
-            for source in sources.values()
-        ]
-        lines = [self._lines[key] for key in sources]
-        if changing:
-            table[lines, :CHANGING] = torch.tensor(changing, dtype=torch.int64)  # [M, CHANGING]
-        tiles = max((self._tiles[line] for line in lines), default=1)
+        parts = [source.lines(self._features[key]) for key, source in sources.items()]
+        firsts = [self._lines[key] for key in sources]
+        if parts:
+            changing = np.concatenate(parts)  # [M, CHANGING]
+            changing[:, [SOURCE_A.value, SOURCE_B.value]] += buffer_address
+            runs = [np.arange(f, f + len(p)) for f, p in zip(firsts, parts, strict=True)]
+            table.numpy()[np.concatenate(runs), :CHANGING] = changing
+        tiles = max((self._tiles[first] for first in firsts), default=1)
         return Scatter(table, tiles, self.dtype)
 
 
@@ -193,18 +236,26 @@ def _scatter(
         for start in range(0, rank, ROWS):
             row = (start + rows).to(tl.int64)[:, None]
             here = (row < rank) & (columns < in_features)[None, :]
-            values = _read(source, code, row * in_features + columns[None, :], here)
+            offsets = row * tl.load(line + ROW_A) + columns[None, :] * tl.load(line + COLUMN_A)
+            values = _read(source, code, offsets, here)
             tl.store(target + row * stride + columns[None, :], values.to(POOL), mask=here)
     else:
         source, code = tl.load(line + SOURCE_B), tl.load(line + DTYPE_B)
         target = tl.load(line + TARGET_B).to(tl.pointer_type(POOL))
         stride = tl.load(line + STRIDE_B)
         columns = (tile - tiles_a) * FEATURES + tl.arange(0, FEATURES)  # [FEATURES]
+        half = tl.load(line + HALF_B)
+        lying = columns
+        if half > 0:
+            lying = columns % half * 2 + columns // half
         for start in range(0, rank, ROWS):
             row = (start + rows).to(tl.int64)
             # Read as it lies, features down; turned in registers; written as it will lie.
             there = (columns < out_features)[:, None] & (row < rank)[None, :]
-            values = _read(source, code, columns[:, None] * rank + row[None, :], there)
+            offsets = lying[:, None] * tl.load(line + ROW_B) + row[None, :] * tl.load(
+                line + COLUMN_B
+            )
+            values = _read(source, code, offsets, there)
             here = (row < rank)[:, None] & (columns < out_features)[None, :]
             targets = target + row[:, None] * stride + columns[None, :]
             tl.store(targets, tl.trans(values.to(POOL)), mask=here)
@@ -216,23 +267,38 @@ def scatter_reference(
     """What `scatter` does, in torch. `buffer` [bytes] uint8 lies where the sites lie."""
     for index, site in enumerate(sites):
         for slice_index in range(site.num_slices):
-            site.row_r[slice_index, first_row : first_row + max_r] = 0
-            site.row_scale[slice_index, first_row : first_row + max_r] = 0
             source = sources.get((index, slice_index))
-            if source is None:
-                continue
-            start, end = site.slice_starts[slice_index], site.slice_starts[slice_index + 1]
-            rows = slice(first_row, first_row + source.r)
-            a = _matrix(buffer, source.a_offset, source.a_dtype, source.r, site.a.shape[2])
-            b = _matrix(buffer, source.b_offset, source.b_dtype, end - start, source.r)
-            site.a[slice_index, rows] = a.to(site.a.dtype)  # [r, in]
-            site.b[rows, start:end] = b.t().to(site.b.dtype)  # [r, out]
-            site.row_r[slice_index, first_row] = source.r
-            site.row_scale[slice_index, first_row] = source.scale
+            lines = None if source is None else source.lines(site.a.shape[2])
+            for expert in range(site.experts):
+                first = expert * (site.row_r.shape[1] // site.experts) + first_row
+                site.row_r[slice_index, first : first + max_r] = 0
+                site.row_scale[slice_index, first : first + max_r] = 0
+                if lines is not None:
+                    _scatter_line(site, slice_index, first, buffer, lines[expert].tolist())
 
 
-def _matrix(
-    buffer: torch.Tensor, offset: int, dtype: torch.dtype, rows: int, columns: int
+def _scatter_line(
+    site: LoRASite, index: int, first: int, buffer: torch.Tensor, line: list[int]
+) -> None:
+    r = line[RANK.value]
+    if r == 0:
+        return
+    start, end = site.slice_starts[index], site.slice_starts[index + 1]
+    a = _strided(buffer, line, (SOURCE_A, DTYPE_A, ROW_A, COLUMN_A), r, site.a.shape[2])
+    b = _strided(buffer, line, (SOURCE_B, DTYPE_B, ROW_B, COLUMN_B), end - start, r)
+    if line[HALF_B.value]:
+        b = torch.cat((b[0::2], b[1::2]))  # [out, r]
+    site.a[index, first : first + r] = a.to(site.a.dtype)  # [r, in]
+    site.b[first : first + r, start:end] = b.t().to(site.b.dtype)  # [r, out]
+    site.row_r[index, first] = r
+    site.row_scale[index, first] = struct.unpack("<f", struct.pack("<i", line[SCALE.value]))[0]
+
+
+def _strided(
+    buffer: torch.Tensor, line: list[int], columns: tuple[Any, ...], rows: int, width: int
 ) -> torch.Tensor:
-    flat = buffer[offset : offset + rows * columns * dtype.itemsize]  # [bytes]
-    return flat.view(dtype).view(rows, columns)  # [rows, columns]
+    """[rows, width] out of the buffer, as four columns of a line say."""
+    start, code, row, column = (line[place.value] for place in columns)
+    dtype = DTYPES[code]
+    end = start + (buffer.numel() - start) // dtype.itemsize * dtype.itemsize
+    return buffer[start:end].view(dtype).as_strided((rows, width), (row, column))

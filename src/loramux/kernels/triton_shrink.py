@@ -30,7 +30,7 @@ FEATURES = 128
 
 @triton.jit
 def _shrink(
-    x, x_stride, a, a_slice_stride, a_row_stride, lora,
+    x, x_stride, order, a, a_slice_stride, a_row_stride, lora, TOP_K: tl.constexpr,
     WIDTH: tl.constexpr, SLICES: tl.constexpr, SPREAD: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,10 @@ def _shrink(
         part = item % PARTS
         rows = chunk[0] + tl.arange(0, ROWS)
         row_mask = rows < chunk[1]
-        x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+        taken = rows
+        if order is not None:
+            taken = tl.load(order + rows, mask=row_mask, other=0) // TOP_K
+        x_rows = x + taken.to(tl.int64)[:, None] * x_stride
         p, column, _, bound = chunk[4], chunk[5], chunk[6], chunk[7]
         for member in range(chunk[2], chunk[3]):
             r = tl.load(lora.row_r + s * lora.pool_rows + p, mask=s < SLICES, other=0)
@@ -74,20 +77,30 @@ def _shrink(
                 at += ((column + ranks) * SLICES + s)[None, :]
                 mask = row_mask[:, None] & live[None, :]
                 tl.store(at, rounded(total, lora.h.dtype.element_ty), mask=mask)
-            p, column, _, bound = member_after(lora, member, chunk[3])
+            p, column, _, bound = member_after(lora, p, member, chunk[3])
 
 
-def lora_shrink(x: torch.Tensor, site: LoRASite, work: WorkList, h: torch.Tensor) -> None:
-    """Fill `h` [P, T, W] with P partial sums over the features of x [T, in] @ A^T."""
+def lora_shrink(
+    x: torch.Tensor,
+    site: LoRASite,
+    work: WorkList,
+    h: torch.Tensor,
+    order: torch.Tensor | None = None,
+    top_k: int = 1,
+) -> None:
+    """Fill `h` [P, T, W] with P partial sums over the features of x [T, in] @ A^T; of the rows of `x`
+    that `order` [S] // `top_k` names, if that is given."""
     a, parts, rows = site.a, h.shape[0], max(MATRIX_ROWS, work.rows_per_chunk)
     slices, _, width = a.shape
     _shrink[programs(work.max_chunks * parts, x.device)](
         x,
         x.stride(0),
+        order,
         a,
         a.stride(0),
         a.stride(1),
         packed(site, h, work),
+        top_k,
         width,
         slices,
         triton.next_power_of_2(slices),

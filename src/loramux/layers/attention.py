@@ -23,6 +23,7 @@ class PagedAttention:
         self.value_shape: tuple[int, int] | None = None
         self.kind: AttentionKind = (0.0, 0, 0.0)  # seen in the probe
         self.num_heads = 0  # likewise
+        self.sinks: torch.Tensor | None = None  # likewise; [H] float32
         self.calls = 0  # without a cache; in the probe, one a layer
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
@@ -48,8 +49,9 @@ class PagedAttention:
         if self.k_cache is None or self.v_cache is None:
             return q.new_zeros(q.shape[0], q.shape[1], self.value_shape[1])  # type: ignore[index]
         assert attention is not None, "attention outside a step. This is a bug."
-        scaling, window, softcap = self.kind
-        return paged_attention(q, self.k_cache, self.v_cache, attention, scaling, window, softcap)
+        return paged_attention(
+            q, self.k_cache, self.v_cache, attention, *self.kind, self.sinks
+        )  # [T, H, Dv]
 
     def __call__(
         self,
@@ -59,11 +61,13 @@ class PagedAttention:
         scaling: float,
         window: int,
         softcap: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, Dv]."""
+        """q [1, H, T, D], k and v [1, Hkv, T, D], sinks [H] -> [1, T, H, Dv]."""
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # [T, H, D]
         if self.k_cache is None or self.v_cache is None:
             self.kind = (scaling, window, softcap)
+            self.sinks = None if sinks is None else sinks.detach().float().contiguous()  # [H]
             return self._probe(q, k, v)
         slots, attention = self._batch.slots, self._batch.attention
         assert slots is not None and attention is not None, (
@@ -71,7 +75,7 @@ class PagedAttention:
         )
         write_kv(k, v, self.k_cache, self.v_cache, slots)
         out = paged_attention(
-            q, self.k_cache, self.v_cache, attention, scaling, window=window, softcap=softcap
+            q, self.k_cache, self.v_cache, attention, scaling, window, softcap, self.sinks
         )  # [T, H, Dv]
         return out.unsqueeze(0)  # [1, T, H, Dv]
 
@@ -85,7 +89,7 @@ class PagedAttention:
 
 
 # Arguments that change the result and that the paged kernels do not know.
-_UNKNOWN_EXTRAS = ("s_aux", "position_bias", "alibi", "head_mask")
+_UNKNOWN_EXTRAS = ("position_bias", "alibi", "head_mask", "indices")
 
 
 def attention_function(
@@ -97,6 +101,7 @@ def attention_function(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls for `attn_implementation="loramux_paged"`.
@@ -107,9 +112,16 @@ def attention_function(
     extra = [name for name in _UNKNOWN_EXTRAS if extras.get(name) is not None]
     if attention_mask is not None:
         extra.append("attention_mask")
+    if s_aux is not None and not _are_sinks(s_aux, query.shape[1]):
+        extra.append("s_aux other than a parameter with one value a head")
     if extra:
         raise UnsupportedModel(
             f"{type(module).__name__} needs {', '.join(extra)} in its attention, which is not served yet"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, scale, sliding_window or 0, softcap or 0.0), None
+    return attention(query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux), None
+
+
+def _are_sinks(s_aux: torch.Tensor, heads: int) -> bool:
+    """Whether what the probe is given holds for every step."""
+    return isinstance(s_aux, torch.nn.Parameter) and s_aux.shape == (heads,)

@@ -32,6 +32,12 @@ class LoRAStep:
     dealt: WorkList | None = None
     """`work` in the rows of A of one rank, where `fully_sharded_loras` deals them out."""
 
+    @property
+    def columns(self) -> int:
+        """As `width`, for a layer whose A never stands in its base product: members stand where the
+        step's others have them."""
+        return max(self.base_rows, self.width)
+
 
 @dataclass(slots=True)
 class StepBatch:

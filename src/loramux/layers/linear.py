@@ -192,7 +192,7 @@ class MergedLinear:
             z = linear(x, self._stacked[:end], bias)  # [T, N + S R']
             return z[:, :width], Expand(site, z[:, width:].unsqueeze(0), lora.work)
         parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
-        h = x.new_empty(parts, x.shape[0], lora.width * self.num_slices, dtype=torch.float32)
+        h = x.new_empty(parts, x.shape[0], lora.columns * self.num_slices, dtype=torch.float32)
         y = self._shrink_beside(x, lora, site, h)  # [T, N]
         return y, Expand(site, h, lora.work)
 

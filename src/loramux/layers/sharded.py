@@ -78,14 +78,14 @@ class ShardedLinear(MergedLinear):
         nothing = (0,) * (slices + 1)
         features = self.in_features if cut.deal > 1 else 0
         if self._deals:
-            self.dealt_site = _site(slices, dealt, features, nothing, dtype, device)
+            self.dealt_site = empty_site(slices, dealt, features, nothing, dtype, device)
         if not self._fully:
             super().attach_site(rows, dtype, under_weight=under_weight)
         elif cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
-            self.site = _site(slices, padded, 0, tuple(self.starts), dtype, device)
+            self.site = empty_site(slices, padded, 0, tuple(self.starts), dtype, device)
         else:  # row: A [1, R, in'], B [R, out']
             starts = (0, cut.b_output.size)
-            self.site = _site(slices, padded, self.in_features, starts, dtype, device)
+            self.site = empty_site(slices, padded, self.in_features, starts, dtype, device)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, K], of the whole layer or of this rank -> y [T, N] likewise, and the LoRA delta that
@@ -190,19 +190,22 @@ def deal_out(work: WorkList, deal: int) -> WorkList:
     )
 
 
-def _site(
+def empty_site(
     slices: int,
     rows: int,
     features: int,
     starts: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    experts: int = 1,
 ) -> LoRASite:
-    """An empty part of the pool."""
+    """An empty part of the pool, of `rows` rank rows over all `experts`."""
     return LoRASite(
         a=torch.zeros(slices, rows, features, dtype=dtype, device=device),
         b=torch.zeros(rows, starts[-1], dtype=dtype, device=device),
         slice_starts=starts,
         row_r=torch.zeros(slices, rows, dtype=torch.int32, device=device),
         row_scale=torch.zeros(slices, rows, dtype=torch.float32, device=device),
+        experts=experts,
     )

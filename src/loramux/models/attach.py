@@ -9,7 +9,7 @@ do not have, so such a model is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,15 +19,25 @@ from loramux.config import LoRAConfig
 from loramux.errors import LoramuxError, UnsupportedModel
 from loramux.layers.attention import PagedAttention, attention_function
 from loramux.layers.batch import StepBatch
+from loramux.layers.experts import Experts
 from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.layers.sharded import ShardedLinear
+from loramux.models.experts import (
+    AttachedExperts,
+    attach_experts,
+    attach_routers,
+    detach_router,
+    module_specs,
+)
 from loramux.models.layers import FusedDecoder
+from loramux.models.names import aliases_of
 from loramux.models.norms import fuse_norms
 from loramux.models.shards import Shards
 from loramux.parallel import ALONE, Group
 from loramux.schema import ModelSchema, ModuleSpec
 
 ATTENTION_NAME = "loramux_paged"
+LEFT_OUT = "this deployment's target_modules leave it out"
 
 # Children of one module that share their input in every architecture we know; the probe checks it.
 SIBLINGS = (
@@ -38,10 +48,21 @@ SIBLINGS = (
     ("w1", "w3"),
 )
 
+# Types of layers that compress or choose keys, which may show only in contexts longer than the proof's.
+OTHER_KEYS = {
+    "chunked_attention",
+    "compressed_sparse_attention",
+    "deepseek_sparse_attention",
+    "heavily_compressed_attention",
+    "minimax_m3_sparse",
+    "qwen_sparse_attention",
+}
+
 
 @dataclass(slots=True)
 class Attached:
-    """A model as the runner uses it. `sites[i]` is the layer that `ModuleSpec.site == i` names."""
+    """A model as the runner uses it. `sites[i]` is the layer that `ModuleSpec.site == i` names; behind
+    them come two for each of `experts`."""
 
     model: PreTrainedModel
     batch: StepBatch
@@ -50,6 +71,7 @@ class Attached:
     schema: ModelSchema
     head: MergedLinear | None = None
     names: dict[str, tuple[MergedLinear, int]] = field(default_factory=dict)
+    experts: list[Experts] = field(default_factory=list)
     decoder: FusedDecoder | None = None  # what runs instead of the model's own forward
     shards: Shards = field(default_factory=lambda: Shards(ALONE))
 
@@ -81,10 +103,18 @@ def attach(
                 _merge(parent, path, names, attached)
     attentions = _attach_attention(model, batch)
     fuse_norms(model)
+    found = attach_experts(model, batch, lora, attached.shards)
+    routers = attach_routers(model, batch, found)
+    attached.names |= {name: (linear, 0) for name, linear in routers.items()}
     probe(attached)
     _split_unshared(attached)
+    idle = [name for name, linear in routers.items() if not linear.computations]
+    for name in idle:
+        detach_router(model, name)
+        del attached.names[name]
     attached.attentions = _used(model, attentions)
-    _build_schema(attached, lora)
+    _build_schema(attached, lora, found)
+    attached.schema.refused.update(dict.fromkeys(idle, "this router's product is not served"))
     return attached
 
 
@@ -163,6 +193,13 @@ def _linear(linears: list[nn.Linear], names: list[str], attached: Attached) -> M
 
 
 def _attach_attention(model: PreTrainedModel, batch: StepBatch) -> list[PagedAttention]:
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if odd := sorted(OTHER_KEYS.intersection(types)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not served: its layers of the types {', '.join(odd)} attend to "
+            "other keys than those of the tokens before",
+            field="model",
+        )
     attentions = []
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal"):
@@ -215,7 +252,9 @@ def _split_unshared(attached: Attached) -> None:
             setattr(parent, name.rpartition(".")[2], LinearSlice(alone, 0))
 
 
-def _build_schema(attached: Attached, lora: LoRAConfig | None) -> None:
+def _build_schema(
+    attached: Attached, lora: LoRAConfig | None, found: list[AttachedExperts]
+) -> None:
     """Say what an adapter may bind to, and why not to the rest."""
     model = attached.model
     output = model.get_output_embeddings()
@@ -229,7 +268,7 @@ def _build_schema(attached: Attached, lora: LoRAConfig | None) -> None:
                 attached.head = merged
                 refused[name] = "LoRA on the output head is not served yet"
             elif lora is not None and not _is_target(name, lora.target_modules):
-                refused[name] = "this deployment's target_modules leave this module out"
+                refused[name] = LEFT_OUT
             else:
                 if id(merged) not in site_of:
                     site_of[id(merged)] = len(attached.sites)
@@ -240,8 +279,21 @@ def _build_schema(attached: Attached, lora: LoRAConfig | None) -> None:
             refused[name] = "LoRA on embeddings is not served yet"
         elif isinstance(module, nn.Linear):
             refused[name] = f"{type(module).__name__} is no plain linear layer"
+    experts = {}
+    for one in found:
+        specs = list(module_specs(one, len(attached.sites) + 2 * len(attached.experts)))
+        targets = None if lora is None else lora.target_modules
+        kept = {spec.name: spec for spec in specs if _is_target(spec.name, targets)}
+        left = dict.fromkeys([spec.name for spec in specs if spec.name not in kept], LEFT_OUT)
+        refused |= left if kept else {one.name: LEFT_OUT}
+        if not kept:
+            continue
+        modules |= kept
+        attached.experts.append(one.experts)
+        experts[one.name] = replace(one.spec, aliases=tuple(aliases_of(model, one.name)))
     _check_targets_exist(lora, modules)
-    attached.schema = ModelSchema(modules, refused)
+    aliases = {alias: name for name in modules for alias in aliases_of(model, name)}
+    attached.schema = ModelSchema(modules, refused, experts, aliases)
 
 
 def _is_target(name: str, targets: list[str] | None) -> bool:

@@ -16,7 +16,9 @@ from transformers.utils import cached_file
 
 from loramux.config import EngineConfig
 from loramux.errors import ConfigError
+from loramux.models.names import aliases_of, expert_sources
 from loramux.models.shards import INNER, Part, Shards
+from loramux.parallel import Stripe, all_of
 
 ONE_FILE = "model.safetensors"
 HF_FLAG = "_is_hf_initialized"  # what transformers leaves alone
@@ -60,7 +62,7 @@ def fill_random(model: PreTrainedModel, shards: Shards, seed: int, device: str) 
             parameter.normal_(0.0, 0.02, generator=generator)
             continue
         whole = torch.empty(part.shape, dtype=parameter.dtype, device=device)
-        parameter.copy_(whole.normal_(0.0, 0.02, generator=generator)[part.index])
+        parameter.copy_(part.take(whole.normal_(0.0, 0.02, generator=generator)))
 
 
 @torch.no_grad()
@@ -72,16 +74,14 @@ def fill_from_checkpoint(model: PreTrainedModel, shards: Shards, config: EngineC
     missing, odd = [], []
     for name, parameter in model.named_parameters():
         key = name.replace(INNER, ".")
-        if key not in files:
-            missing.append(key)
-            continue
-        part = shards.parts.get(name)
-        expected = part.shape if part else tuple(parameter.shape)
+        known = [key, *aliases_of(model, key)]
         try:
-            if files.shape(key) != expected:
-                odd.append(f"{key} has shape {list(files.shape(key))}, expected {list(expected)}")
+            if found := next((k for k in known if k in files), None):
+                odd += _fill(parameter, files, found, shards.parts.get(name))
+            elif sources := _matrices(model, files, known):
+                odd += _fill_experts(parameter, files, sources, shards.parts.get(name))
             else:
-                parameter.copy_(files.read(key, part))
+                missing.append(key)
         except (SafetensorError, OSError) as error:
             odd.append(f"{key} cannot be read: {error}")
     files.close()
@@ -93,6 +93,55 @@ def fill_from_checkpoint(model: PreTrainedModel, shards: Shards, config: EngineC
             field="model",
             remedy="--tensor-parallel-size 1 lets transformers read it",
         )
+
+
+def _fill(parameter: torch.Tensor, files: _Files, key: str, part: Part | None) -> list[str]:
+    """Read one parameter; reasons against what is there."""
+    expected = part.shape if part else tuple(parameter.shape)
+    if files.shape(key) != expected:
+        return [f"{key} has shape {list(files.shape(key))}, expected {list(expected)}"]
+    parameter.copy_(files.read(key, part))
+    return []
+
+
+def _matrices(model: PreTrainedModel, files: _Files, names: list[str]) -> list[str]:
+    """Names of the matrices that a parameter is put together from, if they are there."""
+    for name in names:
+        sources = expert_sources(model, name)
+        if sources and all(source.replace("*", "0") in files for source in sources):
+            return sources
+    return []
+
+
+def _fill_experts(
+    parameter: torch.Tensor, files: _Files, sources: list[str], part: Part | None
+) -> list[str]:
+    """Read a parameter [E, ...] out of the matrices of each expert, one under the other."""
+    rows = _rows_in(parameter, len(sources), part)
+    columns = all_of(parameter.shape[2]) if part is None else part.stripes[2]
+    reasons = []
+    for expert in range(parameter.shape[0]):
+        start = 0
+        for source, stripe in zip(sources, rows, strict=True):
+            key, piece = source.replace("*", str(expert)), Part((stripe, columns))
+            if key not in files or files.shape(key) != piece.shape:
+                reasons.append(f"{key} is missing, or has another shape than {list(piece.shape)}")
+                continue
+            target = parameter[expert, start : start + stripe.size]
+            target.copy_(files.read(key, piece))
+            start += stripe.size
+    return reasons
+
+
+def _rows_in(parameter: torch.Tensor, count: int, part: Part | None) -> list[Stripe]:
+    """Of each of `count` matrices, the rows that are here."""
+    if part is None:
+        return [all_of(parameter.shape[1] // count)] * count
+    height = part.stripes[1].whole // count
+    stripes = [part.stripes[1]] + ([] if part.also is None else [part.also[1]])
+    return [
+        Stripe(s.start - i * height, s.stop - i * height, height) for i, s in enumerate(stripes)
+    ]
 
 
 class _Files:
@@ -123,7 +172,7 @@ class _Files:
     def read(self, key: str, part: Part | None) -> torch.Tensor:
         """The tensor, or the part of it; other bytes of the file are not touched."""
         found = self._slice(key)
-        tensor: torch.Tensor = found[part.index] if part else found[:]
+        tensor: torch.Tensor = part.take(found) if part else found[:]
         return tensor
 
     def close(self) -> None:

@@ -44,6 +44,22 @@ class Norm:
         return cls(module.weight.data, module.eps, module.mode)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedMLP:
+    """down(activation(gate(x)) * up(x))."""
+
+    gate_up: MergedLinear
+    down: MergedLinear
+    activation: Activation
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
+        """x [T, D] -> what it adds [T, D], without the delta still to be added."""
+        gate_up, expand = self.gate_up.project(x)  # [T, 2 I]
+        inner = gated(gate_up, self.activation, expand)  # [T, I]
+        del gate_up, expand
+        return self.down.project(inner)  # [T, D]
+
+
 @dataclass(slots=True, eq=False)
 class FusedLayer:
     """One decoder layer. `after_attention` and `after_mlp` are norms of a branch's own output, as
@@ -51,12 +67,12 @@ class FusedLayer:
 
     qkv: MergedLinear
     o: MergedLinear
-    gate_up: MergedLinear
-    down: MergedLinear
+    mlp: GatedMLP | nn.Module
+    """A module computes itself: experts, mostly, with whatever stands around them."""
+
     attention: PagedAttention
     before_attention: Norm
     before_mlp: Norm
-    activation: Activation
     rope: str
     head_norms: tuple[Norm, Norm] | None = None  # of queries and of keys
     after_attention: Norm | None = None
@@ -99,10 +115,11 @@ class FusedLayer:
 
     def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, D] -> what the MLP adds [T, D], without the delta still to be added."""
-        gate_up, expand = self.gate_up.project(x)  # [T, 2 I]
-        inner = gated(gate_up, self.activation, expand)  # [T, I]
-        del gate_up, expand
-        return self.down.project(inner)  # [T, D]
+        if isinstance(self.mlp, GatedMLP):
+            return self.mlp.project(x)  # [T, D]
+        output = self.mlp(x.unsqueeze(0))  # [1, T, D]
+        y = output[0] if isinstance(output, tuple) else output  # [1, T, D]
+        return y[0], None
 
     def _head_norms(
         self,

@@ -50,8 +50,15 @@ def _elements_per_row(attached: Attached) -> int:
     cuts = attached.shards.cuts
     if not cuts:
         return attached.schema.elements_per_row
-    own = [cuts[name] for name in attached.schema.modules]
-    return sum(-(-cut.input.size // cut.deal) + cut.b_output.size for cut in own)
+    total = 0
+    for name, spec in attached.schema.modules.items():
+        cut = cuts.get(name)
+        if cut is None:  # a router, which every rank has whole
+            total += spec.in_features + spec.out_features
+            continue
+        out = cut.b_output.size * (2 if name.endswith(".gate_up_proj") and spec.experts else 1)
+        total += (-(-cut.input.size // cut.deal) + out) * max(1, spec.experts)
+    return total
 
 
 def weight_bytes(attached: Attached) -> int:
@@ -90,6 +97,7 @@ def _widths(attached: Attached) -> Widths:
     # On the meta device nothing is fused, for nothing can be compared: the usual case is planned.
     planned = attached.model.device.type == "meta"
     return Widths(
+        **_routed(attached),
         hidden=int(text.hidden_size),
         product=max((merged.outer_features[1] for merged in layers), default=0),
         inner=max((merged.outer_features[0] for merged in layers), default=0),
@@ -97,6 +105,16 @@ def _widths(attached: Attached) -> Widths:
         itemsize=attached.model.dtype.itemsize,
         fused=planned or attached.decoder is not None,
     )
+
+
+def _routed(attached: Attached) -> dict[str, int]:
+    """What a token takes in a layer of experts."""
+    layers = [m.loramux_experts for m in attached.model.modules() if hasattr(m, "loramux_experts")]
+    if not layers:
+        return {}
+    # In and out of every pair; gate and up, and what goes down.
+    size = max(2 * experts.hidden + 3 * experts.inner for experts in layers)
+    return {"pairs": max(experts.most_pairs for experts in layers), "routed": size}
 
 
 def _attention_bytes(attached: Attached, config: EngineConfig) -> int:

@@ -37,6 +37,8 @@ class FusedRMSNorm(nn.Module):
 def fuse_norms(model: nn.Module) -> int:
     """Replace every RMS norm of `model` that agrees with a mode of ours; how many were."""
     modes: dict[type[nn.Module], NormMode | None] = {}
+    # Some models keep the weights of their norms wider than what these are given.
+    dtype = getattr(model, "dtype", None)
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -44,7 +46,7 @@ def fuse_norms(model: nn.Module) -> int:
                 continue
             kind = type(child)
             if kind not in modes:
-                modes[kind] = _agreeing_mode(child)
+                modes[kind] = _agreeing_mode(child, dtype)
                 if modes[kind] is None:
                     logger.info("%s keeps its own forward", kind.__name__)
             mode = modes[kind]
@@ -79,22 +81,27 @@ def _eps(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _agreeing_mode(module: nn.Module) -> NormMode | None:
-    """The mode that computes what `module` computes, found with weights of its own."""
+def _agreeing_mode(module: nn.Module, dtype: torch.dtype | None = None) -> NormMode | None:
+    """The mode that computes what `module` computes of input in `dtype`, by default that of its weight,
+    found with weights of its own."""
     weight = _weight(module)
+    dtype = dtype or weight.dtype
     generator = torch.Generator().manual_seed(0)
     kept = weight.detach().clone()
     weight.copy_(torch.randn(weight.shape, generator=generator))  # else ones hide the mode
-    x = torch.randn(5, weight.shape[0], generator=generator).to(weight) * 3  # [5, D]
+    x = torch.randn(5, weight.shape[0], generator=generator).to(weight.device, dtype) * 3  # [5, D]
     try:
-        expected = module(x).float()  # [5, D]
+        expected = module(x)  # [5, D]
+        errors: dict[NormMode, float] = {}
         for mode in MODES:
-            got = rms_norm(x, weight, _eps(module), mode).float()  # [5, D]
-            error = float((got - expected).norm() / expected.norm())
-            if got.shape == expected.shape and error <= TOLERANCE.get(weight.dtype, 0.0):
-                return mode
+            got = rms_norm(x, weight, _eps(module), mode)  # [5, D]
+            error = float((got.float() - expected.float()).norm() / expected.float().norm())
+            same = (got.shape, got.dtype) == (expected.shape, expected.dtype)
+            if same and error <= TOLERANCE.get(dtype, 0.0):
+                errors[mode] = error
     except (RuntimeError, TypeError, ValueError):
         return None
     finally:
         weight.copy_(kept)
-    return None
+    # Where a norm rounds is less than what is allowed: the closest mode is the one.
+    return min(errors, key=errors.__getitem__, default=None)

@@ -1,14 +1,16 @@
 """Cutting a model that has no weights yet to what one rank holds, by the model's own `tp_plan`.
 
-The linear layers and the embedding become narrower, on the meta device; what of each weight the rank
-has to read is written down in `Shards`. The model's own forward still runs: heads are counted from
-the width of a projection, and the layers that replace these do what crosses ranks.
+The linear layers, attention sinks and the embedding become narrower, on the meta device; what of each
+weight the rank has to read is written down in `Shards`. The model's own forward still runs: heads are
+counted from the width of a projection, and the layers that replace these do what crosses ranks.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +21,10 @@ from loramux.errors import UnsupportedModel
 from loramux.layers.embedding import ShardedEmbedding
 from loramux.parallel import STYLES, Cut, Group, Stripe, all_of, cut_linear, stripe
 
+EXPERTS_STYLE = "moe_tp_experts"
+EXPERT_STYLES = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise", "": EXPERTS_STYLE}
+"""How a plan must cut the parameters of experts, and what it calls their module."""
+
 INNER = ".inner."  # what a ShardedEmbedding adds to the names of parameters
 
 
@@ -28,6 +34,10 @@ class Part:
 
     stripes: tuple[Stripe, ...]
 
+    also: tuple[int, Stripe] | None = None
+    """A dimension of which there are more places here, behind those of its stripe: of `up`, which
+    stands behind `gate`."""
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole."""
@@ -36,6 +46,15 @@ class Part:
     @property
     def index(self) -> tuple[slice, ...]:
         return tuple(stripe.slice for stripe in self.stripes)
+
+    def take(self, whole: Any) -> torch.Tensor:
+        """Out of a tensor, or of something that is read by the same index."""
+        first: torch.Tensor = whole[self.index]
+        if self.also is None:
+            return first
+        dim, stripe = self.also
+        index = tuple(stripe.slice if i == dim else at for i, at in enumerate(self.index))
+        return torch.cat((first, whole[index]), dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +75,8 @@ def cut_model(model: PreTrainedModel, group: Group, lora: LoRAConfig | None) -> 
     if group.size == 1:
         return shards
     plan = model.tp_plan or {}
-    if not any(style.startswith("colwise") for style in plan.values()):
-        raise _refusal(model, group, ["it has no tp_plan"])
+    if not any(style.startswith("colwise") for name, style in plan.items() if "*" in name):
+        raise _refusal(model, group, ["it has no tp_plan for its layers"])
     tied = model.get_output_embeddings()
     tied = tied if getattr(tied, "weight", None) is model.get_input_embeddings().weight else None
     reasons: dict[str, str] = {}
@@ -74,14 +93,29 @@ def cut_model(model: PreTrainedModel, group: Group, lora: LoRAConfig | None) -> 
             shards.cuts[name] = cut
         except ValueError as error:
             reasons.setdefault(_pattern(name), str(error))
+    for name, module in list(model.named_modules()):
+        if is_experts(module):
+            try:
+                shards.cuts.update(_cut_experts(name, module, plan, group, fully=shards.fully))
+            except ValueError as error:
+                reasons.setdefault(_pattern(name), str(error))
+    sinks = _sinks(model, plan)
+    for name, (style, heads) in sinks.items():
+        if style != "colwise" or heads % group.size:
+            reasons[_pattern(name)] = f"{heads} sinks of the style {style!r} cannot be dealt out"
     there = {_pattern(name) for name, _ in model.named_modules()}
-    served = {*STYLES, "embedding_rowwise"}
+    served = {*STYLES, "embedding_rowwise", EXPERTS_STYLE}
     odd = {name: style for name, style in plan.items() if name in there and style not in served}
     reasons |= {name: f"the style {style!r} is not served" for name, style in odd.items()}
     if reasons:
         raise _refusal(model, group, [f"{name}: {why}" for name, why in reasons.items()])
-    for name, cut in shards.cuts.items():
-        _narrow(model.get_submodule(name), name, cut, shards)
+    for name, module in list(model.named_modules()):
+        if is_experts(module):
+            _narrow_experts(name, module, shards)
+        elif name in shards.cuts:
+            _narrow(module, name, shards.cuts[name], shards)
+    for name, (_, heads) in sinks.items():
+        _narrow_sinks(model, name, stripe(heads, group.size, group.rank), shards)
     _cut_embedding(model, tied, shards)
     return shards
 
@@ -106,6 +140,26 @@ def _head_size(model: PreTrainedModel, name: str) -> int:
         return 0
     size = getattr(parent, "head_dim", None)
     return size if isinstance(size, int) else 0
+
+
+def _sinks(model: PreTrainedModel, plan: dict[str, str]) -> dict[str, tuple[str, int]]:
+    """The style and the size of each parameter that an attention module itself has, one value a head,
+    and that `plan` cuts with the heads."""
+    own = [
+        (f"{path}.{name}", parameter)
+        for path, module in model.named_modules()
+        if hasattr(module, "is_causal")
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    found = ((name, plan.get(_pattern(name)), parameter) for name, parameter in own)
+    return {name: (style, len(p)) for name, style, p in found if style is not None and p.ndim == 1}
+
+
+def _narrow_sinks(model: PreTrainedModel, name: str, part: Stripe, shards: Shards) -> None:
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, own, _empty((part.size,), getattr(module, own).dtype))
+    shards.parts[name] = Part((part,))
 
 
 def _narrow(linear: nn.Module, name: str, cut: Cut, shards: Shards) -> None:
@@ -158,3 +212,50 @@ def _is_cut(model: PreTrainedModel, shards: Shards) -> bool:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+# --- experts ---------------------------------------------------------------------------------------
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is a module of gated experts that goes through transformers' experts registry."""
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return (
+        getattr(module, "has_gate", False) is True
+        and hasattr(module, "is_transposed")
+        and all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights)
+    )
+
+
+def _cut_experts(
+    name: str, module: nn.Module, plan: Mapping[str, str], group: Group, *, fully: bool
+) -> dict[str, Cut]:
+    """Cuts of gate, up and down of every expert, all of them alike. Raises ValueError.
+
+    What a plan leaves alone is cut as well: where the styles are missing, every rank would hold all."""
+    pattern = _pattern(name)
+    for part, style in EXPERT_STYLES.items():
+        given = plan.get(f"{pattern}.{part}".rstrip("."))
+        if given not in (None, style):
+            raise ValueError(f"the style {given!r} of its experts is not served")
+    if module.is_transposed or not module.is_concatenated or module.has_bias:
+        raise ValueError("experts with transposed or alternating weights are not cut")
+    weight: Any = module.down_proj
+    hidden, inner = int(weight.shape[1]), int(weight.shape[2])
+    up = cut_linear("colwise", (inner, hidden), group.size, group.rank, fully=fully)
+    down = cut_linear("rowwise", (hidden, inner), group.size, group.rank, fully=fully)
+    parts = {"gate_proj": up, "up_proj": up, "gate_up_proj": up, "down_proj": down}
+    return {f"{name}.{part}": cut for part, cut in parts.items()}
+
+
+def _narrow_experts(name: str, module: Any, shards: Shards) -> None:
+    """Leave every expert the inner features of this rank."""
+    up, down = shards.cuts[f"{name}.up_proj"], shards.cuts[f"{name}.down_proj"]
+    count, hidden, inner = module.down_proj.shape
+    dtype, experts, whole = module.down_proj.dtype, all_of(count), all_of(hidden)
+    module.gate_up_proj = _empty((count, 2 * up.output.size, hidden), dtype)
+    module.down_proj = _empty((count, hidden, down.input.size), dtype)
+    first, second = up.output, Stripe(inner + up.output.start, inner + up.output.stop, 2 * inner)
+    gate = Stripe(first.start, first.stop, 2 * inner)
+    shards.parts[f"{name}.gate_up_proj"] = Part((experts, gate, whole), also=(1, second))
+    shards.parts[f"{name}.down_proj"] = Part((experts, whole, down.input))
