@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from loramux.bench import at_once, decode, kernels, load, main, prefill, profile
 from loramux.bench.case import LINEARS
 from loramux.bench.ceilings import Ceilings, StepFloor
-from loramux.bench.geometry import adapter_elements, geometry, write_adapters, write_model
+from loramux.bench.geometry import geometry, write_model
 from loramux.bench.jobs import Job, run, run_worker
+from loramux.bench.linears import adapter_elements
 from loramux.bench.process import BenchError
+from loramux.bench.random_adapters import write_adapters
 from loramux.bench.sitting import Sitting, _settings, worker_commands
 from loramux.bench.system import News, open_ours
 from loramux.bench.throughput import parse as parse_throughput

@@ -81,7 +81,15 @@ def add_options(group: Any) -> None:
 def run(options: argparse.Namespace, argv: Sequence[str], commands: Commands | None = None) -> int:
     # As much as the largest of today's usual cases needs: 1,000 of 14 MB, or 64 of 84 MB.
     num_bytes = (14 << 20) * max(400, max(options.adapters))
-    return sit("throughput", options, argv, _body, num_bytes=num_bytes, commands=commands)
+    return sit(
+        "throughput",
+        options,
+        argv,
+        _body,
+        num_bytes=num_bytes,
+        adapters=max(options.adapters),
+        commands=commands,
+    )
 
 
 def _body(sitting: Sitting) -> None:
@@ -218,12 +226,14 @@ def finish(sitting: Sitting, row: dict[str, Any]) -> dict[str, Any]:
     options = sitting.options
     batch = options.max_num_seqs or DEFAULT_BATCH
     distinct = min(row["adapters"], row.get("max_loras", 0), batch)
-    ceiling = sitting.floor().throughput_tok_s(
+    floor = sitting.floor()
+    decoding = min(batch, options.requests)
+    ceiling = floor.throughput_tok_s(
         options.requests,
         options.input_len,
         options.output_len,
         batch,
-        distinct * sitting.adapter_bytes(options.rank),
+        floor.adapter_bytes(options.rank, options.targets, decoding, distinct),
     )
     bases = [r for r in sitting.of("throughput") if r["adapters"] == 0]
     base = next((r for r in bases if r["system"] == row["system"]), None)

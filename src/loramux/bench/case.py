@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EXPERT_KEYS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +80,44 @@ def model_config(model: str) -> dict[str, Any]:
     return config
 
 
-def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(in, out) of the seven linears of a Llama-like layer."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
+def is_mixture(config: dict[str, Any]) -> bool:
+    """Whether a model has experts that a router chooses from."""
+    return any(config.get(key) for key in EXPERT_KEYS)
+
+
+def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in, out) of the four linears of a Llama-like layer's attention."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     q_out = heads * head_dim
     kv_out = (config.get("num_key_value_heads") or heads) * head_dim
     sizes = ((hidden, q_out), (hidden, kv_out), (hidden, kv_out), (q_out, hidden))
-    return dict(
-        zip(LINEARS, (*sizes, (hidden, inner), (hidden, inner), (inner, hidden)), strict=True)
-    )
+    return dict(zip(LINEARS[:4], sizes, strict=True))
+
+
+def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in, out) of the seven linears of a Llama-like layer.
+
+    Raises:
+        ValueError: a mixture of experts, of whose layers `linears.py` knows more.
+    """
+    if is_mixture(config):
+        raise ValueError(
+            f"this benchmark is for dense models, and {config.get('model_type')!r} is a mixture of "
+            "experts, which decode, throughput --requests, load and profile measure"
+        )
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    sizes = ((hidden, inner), (hidden, inner), (inner, hidden))
+    return attention_shapes(config) | dict(zip(LINEARS[4:], sizes, strict=True))
 
 
 def make_adapter(folder: Path, config: dict[str, Any], *, rank: int, seed: int) -> Path:
     """Write a PEFT LoRA folder on all seven linears with random weights; alpha is twice the rank.
 
     B is small but not zero, so that answers differ from the base model's and stay finite.
+
+    Raises:
+        ValueError: the model is a mixture of experts.
     """
     import numpy as np
     from safetensors.numpy import save_file

@@ -1,17 +1,19 @@
 """What this device can do at all, measured; and the time that a step's bytes and products need.
 
 A floor is not a prediction: it leaves out attention's arithmetic, launches and activations, so
-nothing is faster, and how far one is above it is comparable between machines.
+nothing is faster, and how far one is above it is comparable between machines. Of a mixture of
+experts it counts those that uniform routing is expected to touch (see `linears.py`): a step whose
+tokens happen to share more of them may be faster.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loramux.bench.case import linear_shapes
+from loramux.bench.linears import linears, router_weights
 
 REPEATS = 5
 
@@ -125,9 +127,17 @@ class StepFloor:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the linears of all layers."""
-        shapes = linear_shapes(self.config).values()
-        return int(self.config["num_hidden_layers"]) * sum(i * o for i, o in shapes)
+        """Weights of the linears of all layers that a token is multiplied with: the router, and of
+        the experts as many as it goes through."""
+        each = sum(linear.per_token * linear.weights for linear in linears(self.config).values())
+        return self._layers * (router_weights(self.config) + each)
+
+    def touched_weights(self, tokens: int) -> float:
+        """Those that a step of `tokens` tokens is expected to read."""
+        each = sum(
+            linear.touched(tokens) * linear.weights for linear in linears(self.config).values()
+        )
+        return self._layers * (router_weights(self.config) + each)
 
     @property
     def head_weights(self) -> int:
@@ -135,19 +145,39 @@ class StepFloor:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        _, kv_out = linear_shapes(self.config)["k_proj"]
-        return 2 * int(self.config["num_hidden_layers"]) * kv_out * self.itemsize
+        kv_out = linears(self.config)["k_proj"].outputs
+        return 2 * self._layers * kv_out * self.itemsize
 
-    def decode_ms(self, batch: int, context: float, adapter_bytes: int) -> float:
-        """One decode step: every weight, K and V of `context` tokens a sequence, the adapters."""
-        weights = self.layer_weights + self.head_weights  # of the embedding only `batch` rows
+    @property
+    def _layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def adapter_bytes(self, r: int, targets: Sequence[str], batch: int, adapters: int) -> float:
+        """Bytes that a step reads of `adapters` adapters of rank `r`, which `batch` tokens have in turn.
+
+        On experts it is as many factors as each adapter's own tokens are expected to touch."""
+        if not adapters:
+            return 0
+        tokens, more = divmod(batch, adapters)  # `more` adapters have one token more
+        each: float = 0
+        for name, linear in linears(self.config).items():
+            if name in targets:
+                pairs = (adapters - more) * linear.touched(tokens)
+                pairs += more * linear.touched(tokens + 1)
+                each += pairs * (linear.inputs + linear.outputs)
+        return self._layers * r * each * self.itemsize
+
+    def decode_ms(self, batch: int, context: float, adapter_bytes: float) -> float:
+        """One decode step: the weights, K and V of `context` tokens a sequence, the adapters."""
+        head = self.head_weights  # of the embedding only `batch` rows
+        read, multiplied = self.touched_weights(batch) + head, self.layer_weights + head
         bandwidth, rate = self.ceilings.copy_bytes_s, self.ceilings.gemm_flop_s
-        products = max(weights * self.itemsize / bandwidth, 2 * weights * batch / rate)
+        products = max(read * self.itemsize / bandwidth, 2 * multiplied * batch / rate)
         moved = batch * context * self.kv_bytes_per_token + adapter_bytes
         return 1000 * (products + moved / bandwidth) / self.tensor_parallel_size
 
     def throughput_tok_s(
-        self, requests: int, input_len: int, output_len: int, batch: int, adapter_bytes: int
+        self, requests: int, input_len: int, output_len: int, batch: int, adapter_bytes: float
     ) -> float:
         """Output tokens/s if prefill ran at the product rate and decode at `decode_ms`."""
         rate = self.ceilings.gemm_flop_s

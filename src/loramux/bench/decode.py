@@ -93,7 +93,15 @@ def _pairs(text: str | None) -> list[tuple[int, int]]:
 
 def main(argv: Sequence[str], commands: Commands | None = None) -> int:
     options = parse(argv)
-    return sit("decode", options, argv, _body, num_bytes=6 << 30, commands=commands)
+    return sit(
+        "decode",
+        options,
+        argv,
+        _body,
+        num_bytes=6 << 30,
+        adapters=max(options.adapters),
+        commands=commands,
+    )
 
 
 def _body(sitting: Sitting) -> None:
@@ -232,8 +240,8 @@ def finish(sitting: Sitting, row: dict[str, Any]) -> dict[str, Any]:
     base = base_of(sitting.of("decode"), row)
     rank = row.get("rank", options.rank)
     context = options.input_len + options.output_len / 2
-    adapter_bytes = row["adapters"] * sitting.adapter_bytes(rank)
     floor = sitting.floor()
+    adapter_bytes = floor.adapter_bytes(rank, options.targets, row["batch"], row["adapters"])
     floor_ms = floor.decode_ms(row["batch"], context, adapter_bytes)
     bare_ms = floor.decode_ms(row["batch"], context, 0)
     compared = {}

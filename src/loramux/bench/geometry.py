@@ -1,7 +1,6 @@
-"""A model by its geometry alone, and adapters for it: folders without anybody's weights.
+"""A model by its geometry alone: a checkpoint folder without anybody's weights.
 
-`write_model` writes a checkpoint folder whose weights the engine makes up (`load_format="dummy"`);
-`write_adapters` writes PEFT folders by the hundred, each with other bytes.
+The engine makes them up (`load_format="dummy"`); adapters for it are in `random_adapters.py`.
 """
 
 from __future__ import annotations
@@ -9,18 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loramux.bench.case import LINEARS, linear_shapes
-from loramux.bench.report import usable_cores
-
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 MEMORY_DISK = Path("/dev/shm")  # files there are in the page cache by nature
-ADAPTER_STD = 0.02  # a delta of about a fifth of the input: answers differ, nothing overflows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,34 +33,82 @@ class Geometry:
     @property
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
+        return _llama_config(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureGeometry(Geometry):
+    """The sizes of a Qwen3-like model in which every layer has `experts` experts and no MLP.
+
+    `intermediate` is what the config says of an MLP that no layer has."""
+
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        config = _llama_config(self)
+        del config["mlp_bias"]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "torch_dtype": "bfloat16",
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": self.max_positions,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "initializer_range": 0.02,
-            **special_ids(),
+            **config,
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "rms_norm_eps": 1e-6,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "moe_intermediate_size": self.expert_intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
         }
 
 
-GEOMETRIES = {
+GEOMETRIES: dict[str, Geometry] = {
     "llama-3.1-8b": Geometry(32, 4096, 14336, 32, 8, 128, 128256),
     "llama-3.1-70b": Geometry(80, 8192, 28672, 64, 8, 128, 128256),
     "tiny": Geometry(2, 64, 128, 4, 2, 16, 512, max_positions=2048),
+    "qwen3-30b-a3b": MixtureGeometry(
+        *(48, 2048, 6144, 32, 4, 128, 151936),
+        rope_theta=1000000.0,
+        experts=128,
+        experts_per_token=8,
+        expert_intermediate=768,
+    ),
+    "tiny-moe": MixtureGeometry(
+        *(2, 64, 128, 4, 2, 16, 512),
+        max_positions=2048,
+        experts=8,
+        experts_per_token=2,
+        expert_intermediate=32,
+    ),
 }
+
+
+def _llama_config(shape: Geometry) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.max_positions,
+        "rope_theta": shape.rope_theta,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        **special_ids(),
+    }
 
 
 def geometry(name: str) -> Geometry:
@@ -156,75 +197,6 @@ def _byte_alphabet() -> list[str]:
     table = {byte: byte for byte in printable}
     table |= {byte: 256 + i for i, byte in enumerate(others)}
     return [chr(table[byte]) for byte in range(256)]
-
-
-def adapter_elements(config: dict[str, Any], r: int, targets: Sequence[str] = LINEARS) -> int:
-    """Numbers in one adapter of rank `r` on `targets`."""
-    shapes = linear_shapes(config)
-    each = sum(inputs + outputs for name, (inputs, outputs) in shapes.items() if name in targets)
-    return int(config["num_hidden_layers"]) * r * each
-
-
-def write_adapters(
-    folder: Path,
-    config: dict[str, Any],
-    count: int,
-    r: int,
-    targets: Sequence[str] = LINEARS,
-    *,
-    dtype: str = "bfloat16",
-    seed: int = 0,
-) -> list[Path]:
-    """`count` PEFT folders of random adapters, all different; alpha is twice the rank.
-
-    Each is another window into one buffer of random numbers: what takes time is the writing alone.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    elements = adapter_elements(config, r, targets)
-    dice = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(elements, generator=dice).mul_(ADAPTER_STD).to(getattr(torch, dtype))
-    numbers = torch.cat((numbers, numbers))
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": r,
-        "lora_alpha": 2 * r,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": list(targets),
-        "inference_mode": True,
-    }
-
-    def write(i: int) -> Path:
-        path = folder / f"adapter-{r}-{i}"
-        path.mkdir(parents=True)
-        _write(path / "adapter_config.json", settings)
-        # A prime step: windows of different adapters do not meet before there are very many.
-        first = (i * 7919) % elements
-        window = numbers[first : first + elements]
-        save_file(_cut(window, config, r, targets), path / "adapter_model.safetensors")
-        return path
-
-    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
-        return list(pool.map(write, range(count)))
-
-
-def _cut(numbers: Any, config: dict[str, Any], r: int, targets: Sequence[str]) -> dict[str, Any]:
-    """PEFT's tensor names -> views of `numbers`, one after the other."""
-    tensors, start = {}, 0
-    for layer in range(config["num_hidden_layers"]):
-        for name, (inputs, outputs) in linear_shapes(config).items():
-            if name not in targets:
-                continue
-            block = "mlp" if name in LINEARS[4:] else "self_attn"
-            prefix = f"base_model.model.model.layers.{layer}.{block}.{name}"
-            for half, shape in (("A", (r, inputs)), ("B", (outputs, r))):
-                end = start + shape[0] * shape[1]
-                tensors[f"{prefix}.lora_{half}.weight"] = numbers[start:end].view(shape)
-                start = end
-    return tensors
 
 
 def scratch_folder(num_bytes: int) -> tempfile.TemporaryDirectory[str]:

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loramux.bench.case import linear_shapes
-from loramux.bench.geometry import adapter_elements
 from loramux.bench.jobs import Job, Say
+from loramux.bench.linears import adapter_elements
 from loramux.bench.sitting import (
     Commands,
     Sitting,
@@ -95,6 +95,7 @@ def _body(sitting: Sitting) -> None:
 
 def make_job(sitting: Sitting) -> Job:
     options = sitting.options
+    linear_shapes(sitting.config)  # refuses a mixture of experts before a worker is started
     used = [n for n in options.adapters if n]
     return Job(
         workload="kernels",

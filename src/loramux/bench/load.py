@@ -46,7 +46,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str], commands: Commands | None = None) -> int:
     options = parse(argv)
-    return sit("load", options, argv, _body, num_bytes=4 << 30, commands=commands)
+    return sit(
+        "load",
+        options,
+        argv,
+        _body,
+        num_bytes=4 << 30,
+        adapters=_counts(options)[2],
+        commands=commands,
+    )
 
 
 def _body(sitting: Sitting) -> None:
@@ -58,9 +66,7 @@ def make_job(sitting: Sitting) -> Job:
     """Adapter 0 stays in use. Turning over `host_cycle` others finds each on the host and none on
     the device; turning over all of them finds each in neither, since both evict the least recent."""
     options = sitting.options
-    host_cycle = options.max_loras + 1
-    host = host_cycle + 2
-    count = 1 + max(2 * host, options.loads)
+    host_cycle, host, count = _counts(options)
     lora = {
         "max_loras": options.max_loras,
         "max_lora_rank": options.rank,
@@ -84,6 +90,13 @@ def make_job(sitting: Sitting) -> Job:
         },
         marks={"rank": options.rank, **lora},
     )
+
+
+def _counts(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Adapters that take turns on the host, places there, and adapters in all."""
+    host_cycle = options.max_loras + 1
+    host = host_cycle + 2
+    return host_cycle, host, 1 + max(2 * host, options.loads)
 
 
 # --- in the worker -------------------------------------------------------------------------------

@@ -57,7 +57,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str], commands: Commands | None = None) -> int:
     options = parse(argv)
-    return sit("profile", options, argv, _body, num_bytes=6 << 30, commands=commands)
+    return sit(
+        "profile",
+        options,
+        argv,
+        _body,
+        num_bytes=6 << 30,
+        adapters=max(options.adapters) or None,
+        commands=commands,
+    )
 
 
 def _body(sitting: Sitting) -> None:

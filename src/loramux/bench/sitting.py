@@ -16,16 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramux.bench.case import LINEARS, model_config
-from loramux.bench.geometry import (
-    GEOMETRIES,
-    adapter_elements,
-    geometry,
-    scratch_folder,
-    write_adapters,
-    write_model,
-)
+from loramux.bench.geometry import GEOMETRIES, geometry, scratch_folder, write_model
 from loramux.bench.jobs import Job, run_worker
+from loramux.bench.linears import adapter_elements
 from loramux.bench.process import BenchError
+from loramux.bench.random_adapters import write_adapters
 from loramux.bench.report import OURS, VLLM, append_row, header, result_path, write_results
 
 if TYPE_CHECKING:
@@ -113,13 +108,12 @@ class Sitting:
 
     def prepare(self) -> None:
         """Raises ValueError for a model that is not there."""
+        self.config = _config(self.options)
         if self.options.model is not None:
             self.model = str(Path(self.options.model).resolve())
-            self.config = model_config(self.model)
         else:
             shape = geometry(self.options.geometry)
             self.model = str(write_model(self.folder / "model", shape))
-            self.config = shape.config
 
     def say(self, text: str) -> None:
         """Progress, with the seconds since the start."""
@@ -216,13 +210,15 @@ def sit(
     body: Body,
     *,
     num_bytes: int = 0,
+    adapters: int | None = None,
     commands: Commands | None = None,
 ) -> int:
-    """Run `body` in a sitting whose scratch folder has room for `num_bytes`; the exit status."""
+    """Run `body` in a sitting; the exit status. Its scratch folder has room for `num_bytes`, or for
+    `adapters` adapters where these are larger. None: it needs no sizes of the model's layers."""
     head = header(_settings(workload, options, argv))  # now: the commit is that of the code
     try:
         chosen = commands or worker_commands(options)
-        with scratch_folder(num_bytes) as scratch:
+        with scratch_folder(max(num_bytes, _bytes_of(adapters, options))) as scratch:
             sitting = Sitting(workload, options, chosen, Path(scratch), head)
             sitting.prepare()
             body(sitting)
@@ -232,6 +228,20 @@ def sit(
     if sitting.path is not None:
         sitting.say(f"results: {sitting.path}")
     return 0
+
+
+def _config(options: argparse.Namespace) -> dict[str, Any]:
+    """The `config.json` of what is measured. Raises ValueError for a model that is not there."""
+    if options.model is not None:
+        return model_config(str(Path(options.model).resolve()))
+    return geometry(options.geometry).config
+
+
+def _bytes_of(adapters: int | None, options: argparse.Namespace) -> int:
+    """Raises ValueError for a model whose layers are not known: floors need them as well."""
+    if adapters is None:
+        return 0
+    return 2 * adapters * adapter_elements(_config(options), options.rank, options.targets)
 
 
 def worker_commands(options: argparse.Namespace) -> Commands:
