@@ -180,8 +180,8 @@ PARTS = ("gate", "up", "down")
 
 
 def _parameters(parts: Sequence[str]) -> list[str]:
-    named = ["mlp.experts.gate_up_proj"] if "gate" in parts else []
-    return named + (["mlp.experts.down_proj"] if "down" in parts else [])
+    named = ["experts.gate_up_proj"] if "gate" in parts else []
+    return named + (["experts.down_proj"] if "down" in parts else [])
 
 
 def _files(

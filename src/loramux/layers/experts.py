@@ -39,6 +39,9 @@ from loramux.parallel import ALONE, Cut, Group
 
 NAME = "loramux_experts"
 
+Choice = tuple[torch.Tensor, torch.Tensor]
+"""The experts of each token [T, K] and their weights [T, K]."""
+
 Gate = Callable[[torch.Tensor], torch.Tensor]
 """Gate and up side by side [S, 2 I] -> what goes down [S, I]."""
 
@@ -78,6 +81,8 @@ class Experts:
         self.inner = width // 2  # on this rank
         self.shares_a = shares_a
         self.most_pairs = 0  # experts of a token, as seen in the probe
+        self.seen: list[Choice] | None = None  # where somebody keeps what was chosen
+        self.forced: Choice | None = None  # where somebody else chooses, see `models/choices.py`
         self.up_site: LoRASite | None = None
         self.down_site: LoRASite | None = None
         self.dealt_site: LoRASite | None = None  # A of gate and up where its rows are dealt out
@@ -119,6 +124,10 @@ class Experts:
         """x [T, H], the experts of each token [T, K] and their weights [T, K] -> [T, H]."""
         segments, lora = self._batch.segments, self._batch.lora
         self.most_pairs = max(self.most_pairs, chosen.shape[1])
+        if self.forced is not None:
+            chosen, weights = self.forced
+        if self.seen is not None:
+            self.seen.append((chosen, weights))
         if self.up_site is None or (segments is None and lora is None):
             routing = route(chosen, self.num_experts, None, 0)
             y = self._plain(take_rows(x, routing.order, chosen.shape[1]), routing, chosen)

@@ -227,6 +227,12 @@ class LinearSlice(nn.Module):
         self.index = index
         self.in_features, self.out_features = merged.whole_features(index)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of the right shape and type, without values: some models look at the type [out, in]."""
+        shape = (self.out_features, self.in_features)
+        return torch.empty(shape, dtype=self.merged.dtype, device="meta")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.merged.forward(x, self.index)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,21 +158,6 @@ def _compare(module: Any, expected: torch.Tensor) -> None:
             f"forward by {error:.1e}",
             field="model",
         )
-
-
-@contextmanager
-def own_experts(model: PreTrainedModel, *, alone: bool) -> Iterator[None]:
-    """Let a model compute with its own experts, where it holds them whole and as it knows them."""
-    modules = [m for m in model.modules() if hasattr(m, "loramux_experts")]
-    modules = [m for m in modules if alone and m.is_concatenated]
-    before = [m.config._experts_implementation for m in modules]
-    try:
-        for module in modules:
-            module.config._experts_implementation = "eager"
-        yield
-    finally:
-        for module, name in zip(modules, before, strict=True):
-            module.config._experts_implementation = name
 
 
 # --- what adapters bind to -------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from loramux.kernels import Activation, rms_norm
 from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.models.attach import Attached
+from loramux.models.choices import Choices
 from loramux.models.layers import FusedDecoder, FusedLayer, GatedMLP, Norm
 from loramux.models.norms import FusedRMSNorm
 from loramux.models.proof import small_cache, small_step
@@ -215,21 +216,24 @@ def _table(
 def _compare(attached: Attached, decoder: FusedDecoder) -> None:
     """Every layer, and the whole, against the model's own forward on random tokens."""
     model = attached.model
+    choices = Choices(model)
     generator = torch.Generator().manual_seed(0)
     vocab = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(vocab, (CHECKED_TOKENS,), generator=generator).to(attached.device)  # [T]
     with small_cache(attached), small_step(attached, 0, CHECKED_TOKENS):
-        expected, seen = _own_forward(model, ids)  # [T, V]
+        with choices.kept():
+            expected, seen = _own_forward(model, ids)  # [T, V]
         for index, (layer, (x, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
             norm = layer.before_attention
             normed = rms_norm(x, norm.weight, norm.eps, norm.mode)  # [T, D]
             table = decoder.tables[layer.rope]
-            _, got = layer.forward(normed, x, norm, table, attached.batch)  # [T, D]
-            _check_layer(got, after, x, index, routed=isinstance(layer.mlp, nn.Module))
-        logits = decoder.forward(ids)  # [T, V]
-    routed = any(isinstance(layer.mlp, nn.Module) for layer in decoder.layers)
-    error = float(_size(logits.float() - expected.float(), routed) / _size(expected, routed))
-    if not error <= (ROUTED_LOGITS if routed else 20) * TOLERANCE[model.dtype][1]:
+            with choices.repeated():
+                _, got = layer.forward(normed, x, norm, table, attached.batch)  # [T, D]
+            _check_layer(got, after, x, index)
+        with choices.repeated():
+            logits = decoder.forward(ids)  # [T, V]
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= 20 * TOLERANCE[model.dtype][1]:
         raise NotStandardError(f"its logits differ by {error:.1e}: there is more than its layers")
 
 
@@ -257,20 +261,14 @@ def _own_forward(
     return output.logits[0], seen
 
 
-def _size(tensor: torch.Tensor, routed: bool) -> torch.Tensor:
-    """Of a tensor [T, D]; or, where rounding may give a token to another expert, of its median row."""
-    sizes = tensor.float().norm(dim=-1)  # [T]
-    return sizes.median() if routed else sizes.norm()
-
-
 def _check_layer(
-    got: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, index: int, *, routed: bool
+    got: torch.Tensor, expected: torch.Tensor, before: torch.Tensor, index: int
 ) -> None:
     """All [T, D]. The branch counts by its own size, the sum by what rounding does to it."""
     own, rounding = TOLERANCE[got.dtype]
-    error = _size(got.float() - expected.float(), routed)
-    branch = _size(expected.float() - before.float(), routed)
-    if not float(error) <= own * float(branch) + rounding * float(_size(expected, routed)):
+    error = (got.float() - expected.float()).norm()
+    branch = (expected.float() - before.float()).norm()
+    if not float(error) <= own * float(branch) + rounding * float(expected.float().norm()):
         raise NotStandardError(
             f"layer {index} differs from its own forward by {float(error / branch):.1e}"
         )

@@ -119,6 +119,8 @@ def _routed(attached: Attached) -> dict[str, int]:
 
 def _attention_bytes(attached: Attached, config: EngineConfig) -> int:
     """FlashInfer's workspaces; where Triton attends, what it needs is less."""
+    if any(attention.sinks is not None for attention in attached.attentions):
+        return 0  # FlashInfer is not used
     first = attached.attentions[0]
     assert first.key_shape is not None
     shape = Shape(

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from loramux.errors import UnsupportedModel
 from loramux.kernels import AttentionBatch
 from loramux.models.attach import ATTENTION_NAME, Attached
-from loramux.models.experts import own_experts
+from loramux.models.choices import Choices
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 16  # positions
 FIRST, ALL = 6, 9  # tokens of the first step and of both
-MOST_ERROR = 0.3  # of a token's logits in 16 bits, whose rounding may choose other experts
+MOST_ERROR = 0.3  # of a token's logits in 16 bits
 MOST_ERROR_FP32 = 1e-2
 
 
@@ -36,13 +36,14 @@ def check_paging(attached: Attached) -> None:
     generator = torch.Generator().manual_seed(0)
     vocab = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(vocab, (ALL,), generator=generator).to(attached.device)  # [T]
-    with small_cache(attached):
+    choices = Choices(model)
+    with small_cache(attached), choices.kept():
         for start, end in ((0, FIRST), (FIRST, ALL)):
             with small_step(attached, start, end):
                 got = _logits(model, ids[start:end], start)  # [T', V]
     try:
         model.set_attn_implementation("eager")
-        with own_experts(model, alone=attached.group.size == 1):
+        with choices.repeated(own=attached.group.size == 1):
             expected = _logits(model, ids, 0)[FIRST:]  # [T', V]
     except Exception:  # some model without attention of its own; nothing to compare with
         logger.warning("what the model computes could not be compared with its own", exc_info=True)
