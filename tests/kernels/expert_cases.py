@@ -92,7 +92,9 @@ def check_routing(routing: Routing, chosen: torch.Tensor, experts: int, step: St
     assert len(wanted) <= work.max_chunks <= min(count, len(work.chunks))
     assert work.chunks[: len(wanted)].tolist() == wanted
     assert not work.chunks[len(wanted) :].any()
-    assert work.rows_per_chunk == size
+    assert work.rows_per_chunk == size and work.row_chunks is not None
+    for index, record in enumerate(wanted):
+        assert (work.row_chunks[record[0] : record[1]] == index).all()
     for name in ("member_rows", "member_columns", "member_scales", "member_ranks"):
         ours, theirs = getattr(work, name).view(torch.int32), getattr(step.work, name)
         assert torch.equal(ours, theirs.view(torch.int32)), name

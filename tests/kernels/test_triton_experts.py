@@ -6,6 +6,7 @@ The kernels run in Triton, on the GPU or in the interpreter; the layer also by t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,15 +19,23 @@ from expert_cases import (
     choose,
     layer_oracle,
     layer_to,
+    make_experts_site,
     make_layer,
     make_step,
 )
 from kernel_cases import DTYPES, assert_close, strided
-from work_lists import strided_to, work_to
+from work_lists import site_to, strided_to, work_to
 
 from loramux.kernels import Expand, WorkList, reference
 
 cuda = pytest.importorskip("loramux.kernels.cuda")
+from loramux.kernels.triton_grouped import (  # noqa: E402
+    FEW,
+    MANY,
+    SOME,
+    GroupedTile,
+    grouped_tiles,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
@@ -97,9 +106,8 @@ def run_layer(
     expand = None if work is None else shrink(x, layer.gate_up_site, routing.order, top_k)
     gate_up = ops.grouped_linear(rows, layer.gate_up, routing.ends)
     rows = ops.gated(gate_up, "silu", expand)
-    y = ops.grouped_linear(rows, layer.down, routing.ends)
-    if work is not None:
-        ops.lora_expand(y, shrink(rows, layer.down_site))
+    expand = None if work is None else shrink(rows, layer.down_site)
+    y = ops.grouped_linear(rows, layer.down, routing.ends, expand)
     return ops.combine(y, routing.places, weights)
 
 
@@ -197,6 +205,36 @@ def test_layer_of_large_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     there = (x.to(device), chosen.to(device), weights.to(device), layer_to(layer, device))
     out = run_layer(cuda, *there, work_to(step.work, device), parts=1)
     check_layer(out.cpu(), x, chosen, weights, layer, step)
+
+
+TILES = [FEW, SOME, MANY, GroupedTile(16, 32, 64, 4, 3)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_products_take_the_deltas_along(tile: GroupedTile, dtype: torch.dtype, device: str) -> None:
+    """Where a tile has rows of several compositions, of one, and of none."""
+    if dtype == F32 and tile in TILES[:3] and device == "cuda":
+        pytest.skip("these tiles of float32 do not fit a GPU's shared memory")
+    experts, parts = 4, 2
+    step, chosen = make_step(90), choose(90, 2, experts)
+    site = make_experts_site((0, 72), 16, experts, dtype)
+    routing = reference.route(chosen, experts, step.work, ROWS)
+    assert routing.work is not None
+    rows = len(routing.order)
+    x, weight = torch.randn(rows, 48).to(dtype), torch.randn(experts, 72, 48).to(dtype) / 7
+    h = torch.randn(parts, rows, WIDTH) / 4
+    wide = [tensor.double() for tensor in (x, weight)]
+    site64 = replace(site, a=site.a.double(), b=site.b.double())
+    h64 = h.sum(0, keepdim=True).to(dtype).double()
+    wanted = reference.grouped_linear(
+        *(wide[0], wide[1], routing.ends, Expand(site64, h64, routing.work))
+    )
+    expand = Expand(site_to(site, device), h.to(device), work_to(routing.work, device))
+    out = grouped_tiles(
+        *(strided_to(x, device), weight.to(device), routing.ends.to(device), expand), tile=tile
+    )
+    assert_close(out.cpu(), wanted, floor=1e-4)
 
 
 @pytest.mark.gpu

@@ -75,7 +75,8 @@ def test_every_tile(tile: tuple[int, ...], dtype: torch.dtype, device: str) -> N
         pytest.skip("these tiles of float32 do not fit a GPU's shared memory")
     (x, weight), ends = make(300, 6, 192, 140, dtype), split(300, 6, 4)
     out = grouped.grouped_tiles(
-        strided_to(x, device), weight.to(device), ends.to(device), grouped.GroupedTile(*tile)
+        *(strided_to(x, device), weight.to(device), ends.to(device)),
+        tile=grouped.GroupedTile(*tile),
     )
     assert_close(out.cpu(), oracle(x, weight, ends), floor=2e-5)
 
@@ -97,7 +98,9 @@ def test_the_tiles_of_experts_whose_rows_fill_them_exactly(device: str) -> None:
         x, weight = make(sum(counts), len(counts), 32, 16, F16)
         there = (strided_to(x, device), weight.to(device), ends.to(device))
         assert_close(
-            grouped.grouped_tiles(*there, grouped.FEW).cpu(), oracle(x, weight, ends), floor=2e-5
+            grouped.grouped_tiles(*there, tile=grouped.FEW).cpu(),
+            oracle(x, weight, ends),
+            floor=2e-5,
         )
 
 

@@ -144,6 +144,7 @@ def work_to(work: WorkList, device: str) -> WorkList:
         member_columns=work.member_columns.to(device),
         member_scales=work.member_scales.to(device),
         member_ranks=work.member_ranks.to(device),
+        row_chunks=None if work.row_chunks is None else work.row_chunks.to(device),
     )
 
 

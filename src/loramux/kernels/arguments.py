@@ -137,6 +137,9 @@ class WorkList:
     max_chunks: int
     """No step has more chunks than this."""
 
+    row_chunks: torch.Tensor | None = None
+    """[T] int32: the chunk of each row, where every row is in one: in a `Routing`."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:

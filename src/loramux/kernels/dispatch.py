@@ -157,7 +157,12 @@ class Backend(Protocol):
     ) -> torch.Tensor: ...
 
     def grouped_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, /
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        ends: torch.Tensor,
+        expand: Expand | None = None,
+        /,
     ) -> torch.Tensor: ...
 
 
@@ -343,11 +348,14 @@ def combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
     return backend(y.device).combine(y, places, weights)
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`x` [S, in] times the transposed `weight` [E, out, in] of each row's expert -> [S, out].
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, expand: Expand | None = None
+) -> torch.Tensor:
+    """`x` [S, in] times the transposed `weight` [E, out, in] of each row's expert, plus the deltas of
+    `expand`, whose work is a `Routing`'s -> [S, out].
 
     Expert e has the rows from ends[e - 1] (or 0) to ends[e] - 1; the last of `ends` [E] is S."""
-    return backend(x.device).grouped_linear(x, weight, ends)
+    return backend(x.device).grouped_linear(x, weight, ends, expand)
 
 
 def shrink_parts(tokens: int, features: int, chunks: int) -> int:

@@ -18,7 +18,7 @@ from loramux.kernels.arguments import (
     Segments,
     WorkList,
 )
-from loramux.kernels.reference_experts import combine, grouped_linear, route, take_rows
+from loramux.kernels.reference_experts import combine, grouped_products, route, take_rows
 
 __all__ = [
     "add_rms_norm",
@@ -120,6 +120,17 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     """Add the deltas to `y` [T, N] in place; rows without members keep their bits."""
     delta, touched = _expanded(expand, y)  # [T, N], [T]
     y[touched] = (_wide(y[touched]) + delta[touched]).to(y.dtype)
+
+
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, expand: Expand | None = None
+) -> torch.Tensor:
+    """`x` [S, in] times `weight` [E, out, in] transposed, expert by expert, plus the deltas of `expand`
+    -> [S, out]."""
+    y = grouped_products(x, weight, ends)  # [S, out]
+    if expand is not None:
+        lora_expand(y, expand)
+    return y
 
 
 def _expanded(expand: Expand, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

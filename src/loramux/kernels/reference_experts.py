@@ -108,6 +108,7 @@ def _chunks(
         counts=torch.stack((torch.zeros_like(used), used)).int(),  # [2]
         rows_per_chunk=chunk_rows(count),
         max_chunks=most,
+        row_chunks=(index - 1).int(),  # [S]
     )
 
 
@@ -130,7 +131,7 @@ def combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
     return (rows * weights.to(wide)[:, :, None]).sum(1).to(y.dtype)  # [T, H]
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_products(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`x` [S, in] times `weight` [E, out, in] transposed, expert by expert -> [S, out]."""
     out = x.new_empty(x.shape[0], weight.shape[1])  # [S, out]
     if x.device.type == "meta":  # where only shapes count

@@ -16,7 +16,14 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch.nn import functional as F
 
-from loramux.kernels.triton_delta import product, rounded
+from loramux.kernels.arguments import Expand
+from loramux.kernels.triton_delta import (
+    chunk_delta,
+    chunk_of,
+    kernel_arguments,
+    product,
+    rounded,
+)
 from loramux.kernels.triton_launch import early, wait
 
 
@@ -85,10 +92,10 @@ def _tile_by_row(ends, row, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl
 
 @triton.jit(do_not_specialize=["count"])
 def _grouped(
-    x, x_stride, x_step, weight, expert_stride, w_stride, w_step, ends, out, count,
+    x, x_stride, x_step, weight, expert_stride, w_stride, w_step, ends, out, count, lora, row_chunks,
     EXPERTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BY_ROW: tl.constexpr,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    EARLY: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     if BY_ROW:
@@ -117,13 +124,26 @@ def _grouped(
             total += product(left, tl.trans(right))
             left_at += DEPTH * x_step
             right_at += DEPTH * w_step
+        if lora is not None:
+            low = tl.program_id(0) * COLS
+            last = tl.minimum(end, first + ROWS) - 1
+            for index in range(tl.load(row_chunks + first), tl.load(row_chunks + last) + 1):
+                chunk = chunk_of(lora, index)
+                own = (rows >= chunk[0]) & (rows < chunk[1])
+                total += chunk_delta(
+                    lora, chunk, rows, own, low, columns, columns < WIDTH, STARTS, PARTS, ROWS, COLS
+                )
         at = out + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         mask = (rows < end)[:, None] & (columns < WIDTH)[None, :]
         tl.store(at, rounded(total, out.dtype.element_ty), mask=mask)
 
 
 def grouped_tiles(
-    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, tile: GroupedTile | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    expand: Expand | None = None,
+    tile: GroupedTile | None = None,
 ) -> torch.Tensor:
     """`grouped_linear` in tiles of our own: any strides, float32, float16 or bfloat16."""
     count, size = x.shape
@@ -138,6 +158,8 @@ def grouped_tiles(
     by_number = count // tile.rows + experts
     _grouped[(triton.cdiv(width, tile.columns), min(count, by_number))](
         *(x, *x.stride(), weight, *weight.stride(), ends, out, count),
+        row_chunks=None if expand is None else expand.work.row_chunks,
+        **kernel_arguments(expand),
         EXPERTS=experts,
         SIZE=size,
         WIDTH=width,
@@ -192,8 +214,14 @@ def is_for_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`x` [S, in] times `weight` [E, out, in] transposed, expert by expert -> [S, out]."""
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, expand: Expand | None = None
+) -> torch.Tensor:
+    """`x` [S, in] times `weight` [E, out, in] transposed, expert by expert, plus the deltas of `expand`
+    -> [S, out]. Deltas are added in tiles: a pass of their own over what torch's kernel gives costs
+    more than that is faster."""
+    if expand is not None:
+        return grouped_tiles(x, weight, ends, expand)  # [S, out]
     many = x.shape[0] > MOST_TILED * weight.shape[0]
     if many and is_for_grouped_mm(x, weight):
         return grouped_mm(x, weight, ends)  # [S, out]

@@ -118,7 +118,7 @@ def _rank(
 @triton.jit(do_not_specialize=["count", "most", "radix", "rows_per_expert"])
 def _number(
     sorted_rows, member_rows, member_columns, member_scales, member_ranks, chunks, counts,
-    count, most, radix, rows_per_expert, PLACES: tl.constexpr, EARLY: tl.constexpr,
+    row_chunks, count, most, radix, rows_per_expert, PLACES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The chunks that begin in `PLACES` of the sorted rows, and zeros behind the last chunk."""
     wait(EARLY)
@@ -154,6 +154,7 @@ def _number(
     tl.store(at + 5, column, mask=starting)
     tl.store(at + 6, scale, mask=starting)
     tl.store(at + 7, rank, mask=starting)
+    tl.store(row_chunks + rows, index, mask=live)
     words = tl.arange(0, 8)[None, :]
     unused = (rows >= used) & (rows < most)
     nothing = tl.zeros((PLACES, 8), tl.int32)
@@ -288,14 +289,17 @@ def route(
     most = most_chunks(count, num_experts, work)
     chunks = torch.empty((most, 8), dtype=torch.int32, device=device)  # [C, 8]
     counts = torch.empty(2, dtype=torch.int32, device=device)  # [2]
+    row_chunks = torch.empty(count, dtype=torch.int32, device=device)  # [S]
     step = PLACES if count <= FEW_PAIRS else MANY_PLACES
     _number[(triton.cdiv(count, step),)](
         *(sorted_rows, work.member_rows, work.member_columns, work.member_scales),
-        *(work.member_ranks, chunks, counts, count, most, radix, rows_per_expert, step),
+        *(work.member_ranks, chunks, counts, row_chunks, count, most, radix, rows_per_expert, step),
         **early(device),
         num_warps=4,
     )
     sorted_work = replace(
-        work, chunks=chunks, counts=counts, rows_per_chunk=chunk_rows(count), max_chunks=most
+        *(work,),
+        **{"chunks": chunks, "counts": counts, "row_chunks": row_chunks},
+        **{"rows_per_chunk": chunk_rows(count), "max_chunks": most},
     )
     return Routing(order, places, ends, sorted_work)

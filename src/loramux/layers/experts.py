@@ -175,10 +175,9 @@ class Experts:
         gate_up = self._gate_up(sorted_x, routing, chosen)  # [S, 2 I]
         inner = self._gate(gate_up, Expand(self.up_site, h, work))  # [S, I]
         h = self._shrink(inner, self.down_site, work, lora.columns)  # [P, S, W]
-        y = self._down(inner, routing, chosen)  # [S, H]
         if not self._fully:
-            lora_expand(y, Expand(self.down_site, h, work))
-            return y
+            return self._down(inner, routing, chosen, Expand(self.down_site, h, work))  # [S, H]
+        y = self._down(inner, routing, chosen)  # [S, H]
         assert self._cuts is not None
         h = self._group.all_reduce(h.sum(0) if h.shape[0] > 1 else h[0])  # [S, W]
         lora_expand(y[:, self._cuts[1].b_output.slice], Expand(self.down_site, h[None], work))
@@ -231,9 +230,15 @@ class Experts:
         y = grouped_linear(x, self.weights.gate_up, routing.ends)  # [S, 2 I]
         return _add_bias(y, self.weights.gate_up_bias, routing, chosen)
 
-    def _down(self, x: torch.Tensor, routing: Routing, chosen: torch.Tensor) -> torch.Tensor:
+    def _down(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        chosen: torch.Tensor,
+        expand: Expand | None = None,
+    ) -> torch.Tensor:
         bias = self.weights.down_bias if self._group.rank == 0 else None  # of a sum it counts once
-        y = grouped_linear(x, self.weights.down, routing.ends)  # [S, H]
+        y = grouped_linear(x, self.weights.down, routing.ends, expand)  # [S, H]
         return _add_bias(y, bias, routing, chosen)
 
 
