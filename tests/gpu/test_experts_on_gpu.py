@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,18 @@ def test_answers_equal_transformers(tmp_path: Path, family: str, eager: bool) ->
         assert_logprobs_equal(answer, prompt, composition, oracle)  # type: ignore[arg-type]
 
 
+@pytest.mark.multigpu
+@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
+def test_two_gpus_equal_transformers(tmp_path: Path, fully: bool) -> None:
+    """Captured, collectives and all."""
+    model = save_moe(tmp_path / "model", "qwen3_moe")
+    made = every_layout(tmp_path, model)
+    ranks = {"tensor_parallel_size": 2, "fully_sharded_loras": fully}
+    oracle, outputs, prompts = _answers(model, made, MIXED, "float32", eager=False, **ranks)
+    for output, prompt, composition in zip(outputs, prompts, MIXED, strict=True):
+        assert output.outputs[0].token_ids == oracle.greedy(prompt, composition, COUNT)
+
+
 @pytest.mark.gpu
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     """Through the library's grouped product. Rounding may give a token to another expert: most agree."""
@@ -55,10 +68,11 @@ def _answers(
     dtype: str,
     *,
     eager: bool,
-):
+    **more: object,
+) -> tuple[MergedOracle, list[Any], list[list[int]]]:
     prompts = prompts_for(compositions)
     paths = {name: adapter.path for name, adapter in made.items()}
-    settings = {**SETTINGS, "dtype": dtype, "enforce_eager": eager}
+    settings = {**SETTINGS, "dtype": dtype, "enforce_eager": eager, **more}
     params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=2)
     with LLM(str(model), enable_lora=True, **settings) as llm:
         requests = requests_for(paths, compositions)
