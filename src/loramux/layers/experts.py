@@ -167,9 +167,11 @@ class Experts:
         assert self.up_site is not None and self.down_site is not None
         work, top_k = routing.work, chosen.shape[1]
         assert work is not None
+        # All routing first: the kernels behind `take_rows` may ask for the work before they wait for it.
+        dealt = self._route_dealt(chosen, lora) if self._fully else None
         sorted_x = take_rows(x, routing.order, top_k)  # [S, H]
-        if self._fully:
-            h = self._shrink_dealt(sorted_x, chosen, lora)  # [1, S, W]
+        if dealt is not None:
+            h = self._shrink_dealt(sorted_x, dealt, lora.columns)  # [1, S, W]
         else:  # out of x, which the cache may hold whole
             h = self._shrink(x, self.up_site, work, lora.columns, routing.order, top_k)  # [P, S, W]
         gate_up = self._gate_up(sorted_x, routing, chosen)  # [S, 2 I]
@@ -200,13 +202,16 @@ class Experts:
         lora_shrink(x, site, work, h, order, top_k)
         return h
 
-    def _shrink_dealt(self, x: torch.Tensor, chosen: torch.Tensor, lora: LoRAStep) -> torch.Tensor:
-        """x [S, H] -> [1, S, W] of all ranks' rows of A: rank row k comes from rank k % N."""
+    def _route_dealt(self, chosen: torch.Tensor, lora: LoRAStep) -> WorkList | None:
+        """The work in the rows of A that are dealt out to this rank."""
         assert self.dealt_site is not None and lora.dealt is not None
+        return route(chosen, self.num_experts, lora.dealt, self._rows(self.dealt_site)).work
+
+    def _shrink_dealt(self, x: torch.Tensor, work: WorkList, columns: int) -> torch.Tensor:
+        """x [S, H] -> [1, S, W] of all ranks' rows of A: rank row k comes from rank k % N."""
+        assert self.dealt_site is not None
         deal, site = self._group.size, self.dealt_site
-        work = route(chosen, self.num_experts, lora.dealt, self._rows(site)).work
-        assert work is not None
-        width = -(-lora.columns // deal)
+        width = -(-columns // deal)
         h = self._shrink(x, site, work, width)  # [P, S, W']
         parts = self._group.all_gather(h.sum(0))  # [N, S, W']
         parts = parts.view(deal, x.shape[0], width, site.num_slices)  # [N, S, w', slices]
