@@ -8,7 +8,9 @@
     │   ├── AdapterNotFound             no such adapter name, or no such folder
     │   ├── AdapterExists               the name is served already, or collides with the base model
     │   ├── AdapterRejected             the files are not an adapter we can serve; carries every reason
-    │   └── Forbidden                   a path or an action that the operator did not allow
+    │   ├── BadMedia                    an image, sound or video that cannot be decoded, or is too large
+    │   ├── MediaUnavailable            a media URL or file that gave nothing, or not in time
+    │   └── Forbidden                   a path, a host or an action that the operator did not allow
     ├── ConfigError (also ValueError)   the operator's fault; loramux does not start
     │   └── UnsupportedModel            the model does not use the doors that loramux enters by
     └── EngineError                     our fault, or the machine's
@@ -82,8 +84,16 @@ class AdapterRejected(RequestError):
         super().__init__(f"adapter {name!r} is refused: {listed}", field="lora_path", remedy=remedy)
 
 
+class BadMedia(RequestError):
+    """An image, a sound or a video that cannot be decoded, or is larger than allowed."""
+
+
+class MediaUnavailable(RequestError):
+    """The URL or file that a request names as its media gave nothing, or not in time."""
+
+
 class Forbidden(RequestError):
-    """A path or an action that the operator did not allow."""
+    """A path, a host or an action that the operator did not allow."""
 
 
 class ConfigError(LoramuxError, ValueError):

@@ -43,6 +43,8 @@ TABLE: Mapping[type[errors.LoramuxError], Row] = {
     errors.AdapterNotFound: Row(404, INVALID, "adapter_not_found"),
     errors.AdapterExists: Row(409, INVALID, "adapter_exists"),
     errors.AdapterRejected: Row(400, INVALID, "adapter_rejected"),
+    errors.BadMedia: Row(400, INVALID, "invalid_media"),
+    errors.MediaUnavailable: Row(400, INVALID, "media_unavailable"),
     errors.Forbidden: Row(403, "permission_error", "forbidden"),
     errors.ConfigError: Row(500, SERVER, "configuration_error"),
     errors.UnsupportedModel: Row(500, SERVER, "unsupported_model"),
