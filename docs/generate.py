@@ -40,7 +40,7 @@ TAIL = f"""
 | `LORAMUX_CACHE` | Where the demo model is kept, instead of `~/.cache/loramux`. |
 | `LORAMUX_CPU_KERNELS` | `reference` runs the plain torch twins of the CPU kernels. |
 | `LORAMUX_DEBUG` | `1` shows the traceback of an error that the command line would print in one line. |
-| `{DUAL_STREAM_VARIABLE}` | Run the two halves of LoRA on two CUDA streams. Refused off CUDA; no effect with `fully_sharded_loras`. Not served yet. |
+| `{DUAL_STREAM_VARIABLE}` | `1` runs the shrink of linear layers on a second CUDA stream, beside the base product. Refused off CUDA; no effect with `fully_sharded_loras`, on experts and on routers. |
 """
 
 

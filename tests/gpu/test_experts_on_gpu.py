@@ -21,11 +21,12 @@ SETTINGS |= {"enable_mixed_moe_lora_format": True}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_answers_equal_transformers(tmp_path: Path, family: str, eager: bool) -> None:
     model = save_moe(tmp_path / "model", family)
     made = every_layout(tmp_path, model)
-    made["router"] = make_adapter(model, tmp_path / "r", "per_expert", seed=4, router="mlp.gate")
+    router = "mlp.router" if family == "gpt_oss" else "mlp.gate"
+    made["router"] = make_adapter(model, tmp_path / "r", "per_expert", seed=4, router=router)
     compositions = [*MIXED, {"router": 1.0}]
     oracle, outputs, prompts = _answers(model, made, compositions, "float32", eager=eager)
     for output, prompt, composition in zip(outputs, prompts, compositions, strict=True):

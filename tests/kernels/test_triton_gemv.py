@@ -31,6 +31,19 @@ def test_one_row(dtype: torch.dtype, inputs: int, outputs: int, bias: bool, devi
     assert_close(ours.cpu(), theirs.cpu(), floor=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_place_for_the_result(rows: int, bias: bool, device: str) -> None:
+    """Columns of something wider, of which the others keep what they have."""
+    x, weight = torch.randn(rows, 40, device=device), torch.randn(24, 40, device=device)
+    added = torch.randn(24, device=device) if bias else None
+    wide = torch.full((rows, 40), 7.0, device=device)
+    out = gemv.linear(x, weight, added, wide[:, :24])
+    assert out.data_ptr() == wide.data_ptr()
+    torch.testing.assert_close(wide[:, :24], reference.linear(x, weight, added))
+    assert bool((wide[:, 24:] == 7).all())
+
+
 @pytest.mark.parametrize("rows", [0, 2, 5])
 def test_other_counts_go_to_the_library(rows: int, device: str) -> None:
     x = torch.randn(rows, 40, device=device)

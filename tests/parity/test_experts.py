@@ -136,6 +136,32 @@ def test_the_models_own_layout_in_packed_steps(tmp_path: Path, family: str) -> N
     answers_equal(model, with_a_large_one(tmp_path, model, family), OWN, async_scheduling=True)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["cpu", "packed"])
+def test_a_deployment_for_experts_alone(
+    tmp_path: Path, packed: bool, request: pytest.FixtureRequest
+) -> None:
+    """No linear layer has a pool."""
+    if packed:
+        request.getfixturevalue("gpu_runner")
+    model = save_moe(tmp_path / "model", "qwen3_moe")
+    made = {
+        name: make_adapter(
+            *(model, tmp_path / name, "per_expert"),
+            **{"seed": seed, "r": 6, "parts": ("gate", "up"), "linears": ()},
+        )
+        for seed, name in enumerate("abc", 1)
+    }
+    compositions: list[Composition] = [
+        {},
+        {"a": 1.0},
+        {"b": 1.0},
+        {"c": -1.0},
+        {"a": 0.5, "c": 1.0},
+    ]
+    targets = ["experts.gate_proj", "experts.up_proj"]
+    answers_equal(model, made, compositions, target_modules=targets)
+
+
 def every_layout(root: Path, model: Path) -> dict[str, MadeAdapter]:
     return {
         "matrices": make_adapter(model, root / "matrices", "per_expert", seed=1, skipped=(3,)),
@@ -158,15 +184,14 @@ def test_every_layout_in_one_batch(
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("packed", [False, True], ids=["cpu", "packed"])
 @pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "packed"), [(2, False), (2, True), (4, False)], ids=["2-cpu", "2-packed", "4-cpu"]
+)
 def test_over_ranks(
     tmp_path: Path, size: int, fully: bool, packed: bool, request: pytest.FixtureRequest
 ) -> None:
     if packed:
-        if size == 4:
-            pytest.skip("two ranks tell")
         request.getfixturevalue("gpu_runner")
     model = save_moe(tmp_path / "model", "qwen3_moe", num_key_value_heads=4)
     made = every_layout(tmp_path, model) | {
@@ -177,12 +202,19 @@ def test_over_ranks(
     answers_equal(model, made, compositions, enable_mixed_moe_lora_format=True, **settings)
 
 
-@pytest.mark.parametrize("layout", ["per_expert", "fused"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+PEFTS = [
+    *(
+        (family, layout)
+        for family in ("mixtral", "qwen3_moe")
+        for layout in ("per_expert", "fused")
+    ),
+    ("gpt_oss", "fused"),  # the only layout that PEFT has for it
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), PEFTS)
 def test_what_is_right_is_what_peft_gives(tmp_path: Path, family: str, layout: str) -> None:
     """The oracle of this file against PEFT, reading the same files."""
-    if (family, layout) == ("gpt_oss", "per_expert"):
-        pytest.skip("PEFT has no such layout for it")
     model = save_moe(tmp_path / "model", family)
     more = {}
     if (family, layout) == ("mixtral", "per_expert"):

@@ -56,7 +56,7 @@ def test_experts_that_are_no_targets_are_refused(model: Path, tmp_path: Path) ->
             llm.add_lora(LoRARequest("a", 1, str(made.path)))
 
 
-def test_adapters_on_experts_alone(model: Path, tmp_path: Path) -> None:
+def test_projections_that_are_no_targets_are_refused(model: Path, tmp_path: Path) -> None:
     made = make_adapter(model, tmp_path / "a", "per_expert", seed=1, linears=("k_proj",))
     settings = {**SETTINGS, "target_modules": ["experts.gate_proj", "experts.up_proj"]}
     with LLM(str(model), enable_lora=True, **settings) as llm:

@@ -30,7 +30,7 @@ TILE_ROWS, TILE_FEATURES = 16, 256
 
 # Columns of the table, int64. What differs from load to load comes first. Addresses are in bytes,
 # strides in elements, data types by their place in DTYPES, the scale by its float32 bits.
-COLUMNS = 21
+COLUMNS = 20
 SOURCE_A, DTYPE_A, SOURCE_B, DTYPE_B, RANK, SCALE = (tl.constexpr(i) for i in range(6))
 ROW_A, COLUMN_A, ROW_B, COLUMN_B, HALF_B = (tl.constexpr(i) for i in range(6, 11))
 CHANGING = 11

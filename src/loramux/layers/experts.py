@@ -285,7 +285,8 @@ def _sorted_segments(keys: torch.Tensor, segments: Segments, rows: int) -> Segme
     source = values % (segments.num_segments + 1) - 1  # [G']
     kept = source >= 0
     ends, lengths, expert, source = ends[kept], lengths[kept], expert[kept], source[kept]
-    offsets, members = [0], []  # type: tuple[list[int], list[int]]
+    offsets: list[int] = [0]
+    members: list[int] = []
     shifts: list[int] = []
     bounds = segments.member_offsets.tolist()
     for g, e in zip(source.tolist(), expert.tolist(), strict=True):

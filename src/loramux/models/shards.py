@@ -239,7 +239,9 @@ def _cut_experts(
         if given not in (None, style):
             raise ValueError(f"the style {given!r} of its experts is not served")
     if module.is_transposed or not module.is_concatenated or module.has_bias:
-        raise ValueError("experts with transposed or alternating weights are not cut")
+        raise ValueError(
+            "experts with biases, or with transposed or alternating weights, are not cut"
+        )
     weight: Any = module.down_proj
     hidden, inner = int(weight.shape[1]), int(weight.shape[2])
     up = cut_linear("colwise", (inner, hidden), group.size, group.rank, fully=fully)
