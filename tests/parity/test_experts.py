@@ -66,7 +66,7 @@ def matrices(root: Path, model: Path) -> dict[str, MadeAdapter]:
 
 def tensors(root: Path, model: Path) -> dict[str, MadeAdapter]:
     return {
-        "a": make_adapter(model, root / "a", "fused", seed=1),
+        "a": make_adapter(model, root / "a", "fused", seed=1, router="mlp.router"),
         "b": make_adapter(model, root / "b", "fused", seed=2, r=3, parts=("down",)),
         "c": make_adapter(model, root / "c", "fused", seed=3, r=7, parts=("gate", "up")),
     }
@@ -219,7 +219,7 @@ def test_what_is_right_is_what_peft_gives(tmp_path: Path, family: str, layout: s
     more = {}
     if (family, layout) == ("mixtral", "per_expert"):
         more = {"names": names_of_old, "projections": ("w1", "w3", "w2")}
-    router = None if family == "gpt_oss" or layout == "fused" else "mlp.gate"
+    router = "mlp.router" if family == "gpt_oss" else "mlp.gate"
     made = make_adapter(model, tmp_path / "a", layout, seed=1, router=router, **more)
     base = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
