@@ -6,13 +6,14 @@ Knows nothing of torch, tokenizers or HTTP.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from loramux.errors import InvalidField, LoramuxError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Modality = Literal["image", "audio", "video"]
 
 # A sum of scaled adapters: ((digest, scale), ...), sorted, no digest twice, no scale 0. () is the base.
 Composition = tuple[tuple[str, float], ...]
@@ -194,6 +195,40 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaItem:
+    """An image, sound or video of a prompt, as a model's encoder takes it.
+
+    `digest` (hex) stands for the content and for how it was prepared: equal digests have equal
+    `inputs`. `spans` are the prompt tokens [start, stop) whose embeddings its vectors replace, in
+    order. `inputs` is what the model's processor made of it, name -> tensor; only the encoder looks.
+    """
+
+    modality: Modality
+    digest: str
+    spans: tuple[tuple[int, int], ...]
+    inputs: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def num_vectors(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPrompt:
+    """Prompt tokens, placeholders written out, with the media that stand in them.
+
+    `positions` int32 [3, N] are rotary positions where a model counts them in three dimensions
+    (M-RoPE); None: a token's position is its index. `shift` is what tokens behind the prompt add to
+    their index.
+    """
+
+    token_ids: tuple[int, ...]
+    items: tuple[MediaItem, ...] = ()
+    positions: Any = field(default=None, repr=False, compare=False)
+    shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler."""
 
@@ -202,6 +237,7 @@ class Request:
     params: SamplingParams
     adapters: tuple[tuple[AdapterRef, float], ...] = ()
     arrival_s: float = 0.0
+    media: MediaPrompt | None = None  # None: text alone
 
     @property
     def composition(self) -> Composition:

@@ -39,6 +39,30 @@ class LoRAStep:
         return max(self.base_rows, self.width)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Overlay:
+    """Vectors that take the place of the embeddings of some rows of a step."""
+
+    rows: torch.Tensor
+    """[M] int64: which rows, each once."""
+
+    vectors: torch.Tensor
+    """[1 + L, M, D]: first what replaces the embeddings; then, for each of L layers from the first on,
+    what is added to those rows behind that layer (Qwen3-VL's deepstack features)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UniformLoRA:
+    """One composition for every row of whatever a layer is given: how an encoder's step is adapted.
+
+    `members` are (first pool row, scale) as a step's rows have them, `ranks` the rank rows that the
+    adapter of each of these pool rows takes.
+    """
+
+    members: tuple[tuple[int, float], ...]
+    ranks: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class StepBatch:
     """The step that runs now; all fields are None between steps.
