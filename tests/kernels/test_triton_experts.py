@@ -32,8 +32,10 @@ cuda = pytest.importorskip("loramux.kernels.cuda")
 from loramux.kernels.triton_grouped import (  # noqa: E402
     FEW,
     MANY,
+    MOST_FOLDED,
     SOME,
     GroupedTile,
+    grouped_linear,
     grouped_tiles,
 )
 
@@ -235,6 +237,22 @@ def test_products_take_the_deltas_along(tile: GroupedTile, dtype: torch.dtype, d
         *(strided_to(x, device), weight.to(device), routing.ends.to(device), expand), tile=tile
     )
     assert_close(out.cpu(), wanted, floor=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [MOST_FOLDED // 2 - 7, MOST_FOLDED // 2 + 9])
+def test_products_add_deltas_themselves_or_behind(tokens: int, device: str) -> None:
+    step, chosen = make_step(tokens), choose(tokens, 2, 4)
+    site = make_experts_site((0, 72), 16, 4, F32)
+    routing = reference.route(chosen, 4, step.work, ROWS)
+    rows = len(routing.order)
+    assert (rows <= MOST_FOLDED) == (tokens <= MOST_FOLDED // 2)
+    x, weight = torch.randn(rows, 48), torch.randn(4, 72, 48) / 7
+    h = torch.randn(2, rows, WIDTH) / 4
+    assert routing.work is not None
+    wanted = reference.grouped_linear(x, weight, routing.ends, Expand(site, h, routing.work))
+    expand = Expand(site_to(site, device), h.to(device), work_to(routing.work, device))
+    out = grouped_linear(x.to(device), weight.to(device), routing.ends.to(device), expand)
+    assert_close(out.cpu(), wanted.double(), floor=1e-4)
 
 
 @pytest.mark.gpu

@@ -148,12 +148,13 @@ def test_what_torchs_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes(torch.randn(6, 128).to(BF16)[:, ::2], weight)
 
 
-def test_torchs_kernel_is_taken_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_kernel_is_taken_where_it_can(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     many = 4 * grouped.MOST_TILED + 1
     x, weight = torch.randn(many, 64).to(BF16), torch.randn(4, 40, 64).to(BF16)
     monkeypatch.setattr(grouped, "_has_grouped_mm", lambda device: True)
     monkeypatch.setattr(grouped, "grouped_mm", lambda *given: given)
     ends = split(many, 4)
     assert grouped.grouped_linear(x, weight, ends) == (x, weight, ends)
-    few = grouped.grouped_linear(x[:6], weight, split(6, 4))  # in tiles
+    there = (x[:6].to(device), weight.to(device), split(6, 4).to(device))
+    few = grouped.grouped_linear(*there)  # in tiles
     assert isinstance(few, torch.Tensor)
