@@ -27,6 +27,7 @@ class AdapterRef:
 
     `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
     `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
+    `adapts_encoder` says that it has weights for a tower or connector of a multimodal model.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AdapterRef:
     source: str
     max_r: int
     num_bytes: int
+    adapts_encoder: bool = False
 
 
 @dataclass(frozen=True, slots=True)

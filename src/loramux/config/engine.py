@@ -78,6 +78,10 @@ class EngineConfig(BaseModel):
     """Most tokens in one step; longer prompts are prefilled in chunks. Default: 512 on a CPU,
     8192 on a GPU."""
 
+    encoder_cache_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of images, sounds and videos whose vectors are kept on the device, so that media seen again
+    are not encoded again. One item may have no more. Default: four times `max_num_batched_tokens`."""
+
     max_queue_len: int = Field(default=4096, ge=1)
     """Most waiting requests; one more is refused with 429."""
 
@@ -162,6 +166,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
             "max_model_len": length,
             "max_num_batched_tokens": tokens,
             "async_scheduling": run_ahead,
+            "encoder_cache_tokens": _resolve_encoder_cache(config, facts, tokens),
             "lora": lora,
         }
     )
@@ -190,6 +195,18 @@ def _resolve_length(config: EngineConfig, facts: ModelFacts) -> int:
             remedy=f"use at most {facts.max_positions}",
         )
     return length
+
+
+def _resolve_encoder_cache(config: EngineConfig, facts: ModelFacts, tokens: int) -> int | None:
+    if facts.encoder is not None:
+        return config.encoder_cache_tokens or 4 * tokens
+    if config.encoder_cache_tokens is not None:
+        raise ConfigError(
+            "encoder_cache_tokens is set, and the model takes text alone",
+            field="encoder_cache_tokens",
+            remedy="leave out encoder_cache_tokens",
+        )
+    return None
 
 
 def _resolve_kv_bytes(config: EngineConfig, facts: ModelFacts) -> int:

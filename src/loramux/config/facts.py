@@ -20,6 +20,15 @@ class Widths:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderFacts:
+    """Of the towers and connectors of a multimodal model, in bytes a vector that they give."""
+
+    vector_bytes: int  # where it is kept
+    work_bytes: int  # while it is made, about
+    sees_whole: bool = False  # tokens of an image see all of it
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Sizes in bytes."""
 
@@ -34,6 +43,7 @@ class ModelFacts:
     weight_bytes: int = 0
     attention_bytes: int = 0  # what the attention library keeps, beside the KV cache
     widths: Widths = field(default_factory=Widths)
+    encoder: EncoderFacts | None = None  # None: a text model
     row_granule: int = 1  # rank rows of an adapter come in these, see `EngineConfig.row_granule`
 
     @property

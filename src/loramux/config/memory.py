@@ -35,6 +35,7 @@ MOST_PRODUCT_ROWS = 1024  # pool rows in a base product; more are cheaper in a k
 ROW_STEP = 16  # the pool's rows come in these, see `layers/linear.py`
 LOADER_STEP = 32 * MIB  # the staging memory of a load grows in these
 MOST_CPU_KV_BYTES = 4 * GIB
+MOST_ENCODED = 4096  # vectors of media that are made at once; nothing is gained by more
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,11 @@ class Needs:
     activations: int
     workspace: int
     graphs: int
+    encoder: int = 0  # vectors of media, and what it takes to make them
 
     @property
     def total(self) -> int:
-        return self.pool + self.activations + self.workspace + self.graphs
+        return self.pool + self.activations + self.workspace + self.graphs + self.encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class MemoryPlan:
             "graphs": self.needs.graphs,
             "activations": self.needs.activations,
             "workspace": self.needs.workspace,
+            "encoder": self.needs.encoder,
             "free": max(0, self.left_bytes),
         }
 
@@ -133,8 +136,11 @@ def needs(config: EngineConfig, facts: ModelFacts) -> Needs:
         _layer_bytes(tokens, config.lora, facts), _sampling_bytes(config.max_num_seqs, facts)
     )
     if not facts.on_gpu:
-        return Needs(pool, work, 0, 0)
-    return Needs(pool, work, _workspace_bytes(config, facts), _graph_bytes(config, facts))
+        return Needs(pool, work, 0, 0, _encoder_bytes(config, facts))
+    return Needs(
+        *(pool, work, _workspace_bytes(config, facts), _graph_bytes(config, facts)),
+        _encoder_bytes(config, facts),
+    )
 
 
 def most_kv_bytes(config: EngineConfig, facts: ModelFacts) -> int:
@@ -168,6 +174,16 @@ def pool_rows(lora: LoRAConfig, granule: int = 1) -> int:
 def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
     """Rank rows of the pool that the largest adapter takes."""
     return lora.max_lora_rank + -lora.max_lora_rank % granule
+
+
+def _encoder_bytes(config: EngineConfig, facts: ModelFacts) -> int:
+    """Vectors that are kept, and those of the largest batch while they are made."""
+    if (encoder := facts.encoder) is None or config.encoder_cache_tokens is None:
+        return 0
+    together = min(config.encoder_cache_tokens, MOST_ENCODED)
+    # What a step takes out of the cache is copied once.
+    kept = config.encoder_cache_tokens + (config.max_num_batched_tokens or 0)
+    return kept * encoder.vector_bytes + together * encoder.work_bytes
 
 
 def captured_sizes(config: EngineConfig) -> list[int]:

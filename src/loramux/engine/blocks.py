@@ -1,8 +1,9 @@
 """The KV cache in integers: blocks, who shares them, and which prefixes they hold. Torch-free.
 
     block      `block_size` consecutive positions of one sequence
-    chain key  SHA-256 over (key of the block before, its tokens); the first link is the composition,
-               so that blocks written under one adapter version are never read under another
+    chain key  SHA-256 over (key of the block before, its tokens, the media in them); the first link
+               is the composition, so that blocks written under one adapter version are never read
+               under another
 
 A block whose last user is gone keeps its content, and its key, until it is needed for something
 else; the least recently freed goes first.
@@ -23,9 +24,9 @@ def chain_root(composition: Composition) -> bytes:
     return hashlib.sha256(repr(composition).encode()).digest()
 
 
-def chain_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """Key of a full block after `previous`."""
-    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
+def chain_key(previous: bytes, token_ids: Sequence[int], media: bytes = b"") -> bytes:
+    """Key of a full block after `previous`; `media` says what stands in it beside tokens."""
+    return hashlib.sha256(previous + array("q", token_ids).tobytes() + media).digest()
 
 
 class BlockPool:

@@ -90,7 +90,7 @@ class Engine:
         self.inbox = Inbox()
         self.store = self._make_store(loaded.attached.schema)
         self.loads = self._make_loads()
-        self.scheduler = make_scheduler(self.config, self.runner.num_blocks)
+        self.scheduler = make_scheduler(self.config, self.runner.num_blocks, started.facts.encoder)
         eos = loaded.eos_token_ids | {i for i in [self.text.eos_token_id] if i is not None}
         assert self.config.max_model_len is not None
         self.writer = AnswerWriter(self.text, frozenset(eos), self.config.max_model_len)

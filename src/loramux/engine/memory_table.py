@@ -55,6 +55,10 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, int, str]]:
         ),
         ("activations", needs.activations, "the largest step, estimated"),
     ]
+    if needs.encoder:
+        rows_found.append(
+            ("encoder", needs.encoder, "vectors of media, and making them, estimated")
+        )
     left = max(0, plan.left_bytes)
     if plan.total_bytes:
         share = f"gpu_memory_utilization {plan.utilization:g} of {format_size(plan.total_bytes)}"

@@ -251,13 +251,13 @@ def _fill_tokens(
         end = token + count
         if count == 1:
             ids[token] = row.token_ids[0]
-            positions[token] = start
+            positions[token] = start + row.shift
             slots[token] = row.block_table[start // block_size] * block_size + start % block_size
         else:
             ids[token:end] = row.token_ids
             places = np.arange(start, start + count)
             table = np.asarray(row.block_table)
-            positions[token:end] = places
+            positions[token:end] = places + row.shift
             slots[token:end] = table[places // block_size] * block_size + places % block_size
         sources[token:end] = -1
         if row.token_ids[-1] == PENDING:

@@ -6,8 +6,11 @@ processes as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from loramux.engine.encoder_cache import Encode
 from loramux.types import AdapterRef, SamplingParams, TokenLogprobs
 
 
@@ -36,6 +39,22 @@ PENDING = -1
 
 
 @dataclass(frozen=True, slots=True)
+class RowMedia:
+    """What of media stands in a row.
+
+    `vectors` are (key of the encoder's cache, first vector, count, first token of the row) of each run.
+    `positions` int32 [3, N] are those of the whole prompt, where the model counts them in three
+    dimensions; tokens behind it stand at index + `Row.shift`.
+    `whole` are tokens [start, stop) of the row that see each other, and the last position they see,
+    where the model lets an image's tokens do that.
+    """
+
+    vectors: tuple[tuple[str, int, int, int], ...] = ()
+    positions: Any = None
+    whole: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sequence's share of a step: tokens at positions [start, start + len(token_ids)).
 
@@ -50,18 +69,24 @@ class Row:
         tuple[int, float], ...
     ]  # (first pool row, scale) of each adapter; () is the base
     sample: SampleSpec | None  # None while the prompt is not finished
+    shift: int = 0  # from the index of a token to its position, where `media` does not say it
+    media: RowMedia | None = None
 
     def __reduce__(self) -> tuple[type[Row], tuple[object, ...]]:
         # What dataclasses do, field by field, takes longer than the rest of a step's message.
         fields = (self.sequence_id, self.token_ids, self.start, self.block_table, self.members)
-        return Row, (*fields, self.sample)
+        return Row, (*fields, self.sample, self.shift, self.media)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Rows with equal members are neighbours; base rows come first."""
+    """One step. Rows with equal members are neighbours; base rows come first.
+
+    Before it the encoder's vectors of `forget` are given up and those of `encode` made."""
 
     rows: tuple[Row, ...]
+    encode: tuple[Encode, ...] = ()
+    forget: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -75,10 +100,12 @@ class StepPlan:
                 if row.sample is None
                 else Row(
                     *(row.sequence_id, row.token_ids, row.start, row.block_table, row.members),
-                    CHOSEN_ELSEWHERE,
+                    *(CHOSEN_ELSEWHERE, row.shift, row.media),
                 )
                 for row in self.rows
-            )
+            ),
+            self.encode,
+            self.forget,
         )
 
 
@@ -100,6 +127,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """sequence id -> chosen token, for the rows that had a `sample`."""
+    """sequence id -> chosen token, for the rows that had a `sample`; and why media of the plan could
+    not be encoded, by their keys: rows with these have computed nothing of use."""
 
     sampled: dict[int, Sampled]
+    not_encoded: Mapping[str, Exception] = field(default_factory=dict)

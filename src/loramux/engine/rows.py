@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from loramux.engine.plan import PENDING, Row, SampleSpec
+from loramux.engine.encoder_cache import encoder_key
+from loramux.engine.media_spans import vectors_between
+from loramux.engine.plan import PENDING, Row, RowMedia, SampleSpec
 from loramux.engine.sequence import Sequence
 
 
-def make_row(sequence: Sequence, count: int) -> Row:
-    """The next `count` tokens of `sequence`, which has the blocks for them."""
+def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:
+    """The next `count` tokens of `sequence`, which has the blocks for them. `see_whole`: an image's
+    tokens see all of it."""
     start = sequence.num_computed
     end = start + count
     token_ids = tuple(sequence.tokens[start:end])
@@ -20,7 +23,28 @@ def make_row(sequence: Sequence, count: int) -> Row:
         block_table=sequence.block_table,
         members=sequence.members,
         sample=_sample_spec(sequence) if end == sequence.length else None,
+        shift=sequence.shift,
+        media=row_media(sequence, start, end, see_whole) if sequence.items else None,
     )
+
+
+def row_media(sequence: Sequence, start: int, end: int, see_whole: bool) -> RowMedia | None:
+    """What of media stands in tokens [start, end); None behind the prompt."""
+    media = sequence.request.media
+    if media is None or start >= sequence.num_prompt:
+        return None
+    vectors, whole = [], []
+    for item in sequence.items:
+        key = encoder_key(item, sequence.encoder_composition)
+        for token, vector, count in vectors_between(item, start, end):
+            vectors.append((key, vector, count, token - start))
+        if see_whole:
+            for a, b in item.spans:
+                if max(a, start) < min(b, end):
+                    whole.append((max(a, start) - start, min(b, end) - start, b - 1))
+    if media.positions is None and not vectors:
+        return None
+    return RowMedia(tuple(vectors), media.positions, tuple(whole))
 
 
 def _sample_spec(sequence: Sequence) -> SampleSpec:

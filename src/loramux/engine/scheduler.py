@@ -25,7 +25,10 @@ from dataclasses import dataclass
 
 from loramux.adapters.pool import AdapterPool
 from loramux.config import EngineConfig
+from loramux.config.facts import EncoderFacts
 from loramux.engine.blocks import BlockPool
+from loramux.engine.encoder_cache import EncoderCache
+from loramux.engine.media_plan import MediaPlanner
 from loramux.engine.places import Places, Room
 from loramux.engine.plan import AdapterLoad, Row, Sampled, StepPlan, StepResult
 from loramux.engine.rows import make_row
@@ -43,15 +46,23 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     adapter_patience_s: float
+    see_whole: bool = False  # tokens of an image see all of it: no step may cut one
 
 
 class Scheduler:
     """Decides; owns the queue, the block pool and the adapter places."""
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockPool, adapters: AdapterPool | None):
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockPool,
+        adapters: AdapterPool | None,
+        encoder: EncoderCache | None = None,
+    ):
         self.limits = limits
         self.blocks = blocks
         self.adapters = adapters
+        self.media = MediaPlanner(encoder, see_whole=limits.see_whole)
         self.waiting: list[Sequence] = []  # sorted by queued_at
         self.running: dict[Sequence, None] = {}  # in order of admission; values unused
         self.preemptions = 0
@@ -109,12 +120,17 @@ class Scheduler:
         preemptions, size = self.preemptions, self.blocks.block_size
         budget = self.limits.max_num_batched_tokens
         scheduled: dict[Sequence, int] = {}
+        self.media.begin()
         todo = [(s, s.length - s.num_computed) for s in self.running if not s.ends_with_pending]
         todo.sort(key=lambda item: item[1] > 1)  # decodes first
         for sequence, missing in todo:
             count = min(missing, budget)
             if count == 0 or sequence not in self.running:
                 continue  # no budget, or preempted by one before it
+            if sequence.items:
+                count = self.media.count(sequence, sequence.num_computed, count)
+                if count == 0:
+                    continue  # its media are encoded in a later step
             budget -= count
             scheduled[sequence] = count
             if sequence.num_computed + count > len(sequence.blocks) * size:
@@ -124,9 +140,10 @@ class Scheduler:
             self._admit_waiting(scheduled, budget, now, room)
         for sequence in self.waiting[:PREFETCHED]:
             self._hold_places(sequence, now, room)
-        rows = [make_row(sequence, count) for sequence, count in scheduled.items()]
+        see_whole = self.limits.see_whole
+        rows = [make_row(s, count, see_whole=see_whole) for s, count in scheduled.items()]
         rows.sort(key=_by_members)
-        return StepPlan(tuple(rows))
+        return StepPlan(tuple(rows), *self.media.finish(rows))
 
     def launched(self, plan: StepPlan) -> None:
         """The plan is on its way: what is planned from now on comes after it."""
@@ -237,7 +254,12 @@ class Scheduler:
         """Give a waiting sequence its cached prefix and blocks; tokens it may compute, 0 if none."""
         prefix = sequence.cached_prefix(self.blocks)
         cached = len(prefix) * self.blocks.block_size
+        members = self._places.members(sequence)
         count = min(sequence.num_tokens - cached, budget)
+        if sequence.items:
+            count = self.media.count(sequence, cached, count, members)
+            if count == 0:
+                return 0
         need = self.blocks.blocks_for(cached + count) - len(prefix)
         if need > self.blocks.num_free_beside(prefix):
             return 0
@@ -245,7 +267,7 @@ class Scheduler:
         fresh = self.blocks.take(need)
         assert fresh is not None, "counted blocks are missing. This is a bug."
         sequence.set_blocks(prefix + fresh)
-        sequence.members = self._places.members(sequence)
+        sequence.members = members
         sequence.num_computed = cached
         if not sequence.admitted_once:
             sequence.admitted_once = True
@@ -339,11 +361,14 @@ def _by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:
     return row.members, row.sequence_id
 
 
-def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
+def make_scheduler(
+    config: EngineConfig, num_blocks: int, encoder: EncoderFacts | None = None
+) -> Scheduler:
     """The scheduler of a resolved config."""
     assert config.max_num_batched_tokens is not None
     limits = SchedulerLimits(
-        config.max_num_seqs, config.max_num_batched_tokens, config.adapter_patience_s
+        *(config.max_num_seqs, config.max_num_batched_tokens, config.adapter_patience_s),
+        see_whole=encoder is not None and encoder.sees_whole,
     )
     blocks = BlockPool(
         num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -351,4 +376,6 @@ def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
     lora = config.lora
     granule = config.row_granule
     pool = AdapterPool(lora.max_loras, lora.max_lora_rank, granule) if lora else None
-    return Scheduler(limits, blocks, pool)
+    room = config.encoder_cache_tokens
+    cache = EncoderCache(room, limits.max_num_batched_tokens) if room else None
+    return Scheduler(limits, blocks, pool, cache)

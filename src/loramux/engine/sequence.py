@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from loramux.engine.blocks import BlockPool, chain_key, chain_root
-from loramux.types import AdapterRef, Composition, FinishReason, Request
+from loramux.engine.media_spans import content_key, in_order
+from loramux.types import AdapterRef, Composition, FinishReason, MediaItem, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,8 @@ class Sequence:
     digests: tuple[str, ...] = ()
     members: tuple[tuple[int, float], ...] = ()  # while it runs: first pool row, scale
     refs: dict[str, AdapterRef] = field(default_factory=dict)
+    items: tuple[MediaItem, ...] = ()  # in the order in which they stand in the prompt
+    shift: int = 0  # what tokens behind the prompt add to their index, to have their position
     finish_reason: FinishReason | None = None
     admitted_once: bool = False
     num_output_at_admission: int = 0
@@ -55,6 +58,13 @@ class Sequence:
         self.composition = self.request.composition
         self.digests = tuple(digest for digest, _ in self.composition)
         self.refs = {ref.digest: ref for ref, _ in self.request.adapters}
+        if (media := self.request.media) is not None:
+            self.items, self.shift = in_order(media.items), media.shift
+
+    @property
+    def encoder_composition(self) -> Composition:
+        """Its adapters that touch the model's encoder."""
+        return tuple(m for m in self.composition if self.refs[m[0]].adapts_encoder)
 
     @property
     def num_tokens(self) -> int:
@@ -103,8 +113,10 @@ class Sequence:
         """Extend the chain to every full block of `tokens`."""
         while (len(self.keys) + 1) * block_size <= len(self.tokens):
             start = len(self.keys) * block_size
+            end = start + block_size
             previous = self.keys[-1] if self.keys else chain_root(self.composition)
-            self.keys.append(chain_key(previous, self.tokens[start : start + block_size]))
+            media = content_key(self.items, start, end) if self.items else b""
+            self.keys.append(chain_key(previous, self.tokens[start:end], media))
 
     def cached_prefix(self, pool: BlockPool) -> list[int]:
         """Blocks of the prefix that is in the cache, leaving at least one token to compute."""

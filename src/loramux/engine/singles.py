@@ -44,8 +44,10 @@ class Limits:
 def single_tokens(rows: Sequence[Row], block_size: int, limits: Limits) -> Sequence[Row] | None:
     """`rows` with a row for each token, in the same order; the last one of a prompt samples for it.
 
-    None where that would be beyond the limits."""
+    None where that would be beyond the limits, and where media stand in a row."""
     counts = [len(row.token_ids) for row in rows]
+    if any(row.media is not None for row in rows):
+        return None  # no graph takes vectors, or positions other than a token's own
     if sum(counts) > limits.tokens:
         return None
     if sum(counts) > limits.cut and any(row.start >= LONGEST_WHOLE for row in rows):
@@ -76,6 +78,7 @@ def _cut(row: Row, block_size: int) -> list[Row]:
             row.block_table[: (row.start + place) // block_size + 1],
             row.members,
             row.sample if place == last else None,
+            row.shift,
         )
         for place, token in enumerate(row.token_ids)
     ]

@@ -1,0 +1,122 @@
+"""The encoder's own step, before the language model's: what a plan asks to encode, kept by key.
+
+plan.forget ── plan.encode, a batch for each composition ── overlay of the rows' embeddings
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from loramux.config.memory import MOST_ENCODED
+from loramux.engine.encoder_cache import Encode
+from loramux.engine.plan import Row, StepPlan
+from loramux.layers.batch import Overlay, UniformLoRA
+from loramux.models.towers import Towers
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderStep:
+    """Vectors [1 + L, n, D] by key, as the scheduler's `EncoderCache` has decided.
+
+    All of it is queued on the stream of the steps, so what a step forgets may still be read by the
+    step before."""
+
+    def __init__(self, towers: Towers, ranks: Mapping[int, int]):
+        """`ranks`: rank rows of the adapter at a first pool row; looked at in every step."""
+        self._towers = towers
+        self._ranks = ranks
+        self._vectors: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> dict[str, Exception]:
+        """Forget and encode. Returns why items could not be encoded, by their keys."""
+        for key in plan.forget:
+            self._vectors.pop(key, None)
+        failed: dict[str, Exception] = {}
+        for batch in _batches(plan.encode):
+            try:
+                self._encode(batch)
+            except Exception as error:
+                if len(batch) == 1:
+                    failed[batch[0].key] = error
+                else:
+                    failed |= self._one_by_one(batch)
+        for key, error in failed.items():
+            logger.error("media %s cannot be encoded", key[:16], exc_info=error)
+        return failed
+
+    def _one_by_one(self, batch: Sequence[Encode]) -> dict[str, Exception]:
+        """Find out whose fault it is."""
+        failed: dict[str, Exception] = {}
+        for one in batch:
+            try:
+                self._encode([one])
+            except Exception as error:
+                failed[one.key] = error
+        return failed
+
+    def _encode(self, batch: Sequence[Encode]) -> None:
+        members = batch[0].members
+        lora = None
+        if members:
+            lora = UniformLoRA(members, tuple(self._ranks[row] for row, _ in members))
+        found = self._towers.encode([one.item for one in batch], lora)
+        for one, vectors in zip(batch, found, strict=True):
+            self._vectors[one.key] = vectors  # [1 + L, n, D]
+
+    def overlay(self, rows: Sequence[Row], device: torch.device) -> Overlay | None:
+        """The vectors that stand in `rows`, in the order of the step; None where there are none."""
+        places: list[np.ndarray] = []
+        parts: list[torch.Tensor] = []
+        token = 0
+        for row in rows:
+            for key, first, count, offset in row.media.vectors if row.media else ():
+                if (vectors := self._vectors.get(key)) is None:
+                    continue  # it could not be encoded; who waits for it is told
+                places.append(np.arange(token + offset, token + offset + count))
+                parts.append(vectors[:, first : first + count])  # [1 + L, count, D]
+            token += len(row.token_ids)
+        if not parts:
+            return None
+        at = torch.from_numpy(np.concatenate(places)).to(device)  # [M]
+        return Overlay(at, torch.cat(parts, dim=1))  # [1 + L, M, D]
+
+
+def positions_of(row: Row) -> np.ndarray | None:
+    """Of all tokens of a row [3, n], where the model counts them in three dimensions."""
+    if row.media is None or row.media.positions is None:
+        return None
+    known: np.ndarray = row.media.positions[:, row.start : row.start + len(row.token_ids)]
+    behind = np.arange(row.start + known.shape[1], row.start + len(row.token_ids)) + row.shift
+    more = np.broadcast_to(behind, (3, len(behind)))
+    return np.concatenate((known, more), axis=1).astype(np.int32)  # [3, n]
+
+
+def last_keys(rows: Sequence[Row]) -> np.ndarray | None:
+    """The last position each token of a step sees, int32 [T]: its own, or its image's last; None where
+    all see their own."""
+    if not any(row.media is not None and row.media.whole for row in rows):
+        return None
+    parts = []
+    for row in rows:
+        last = np.arange(row.start, row.start + len(row.token_ids), dtype=np.int32)  # [n]
+        for start, stop, key in row.media.whole if row.media else ():
+            last[start:stop] = key
+        parts.append(last)
+    return np.concatenate(parts)  # [T]
+
+
+def _batches(encodes: Sequence[Encode]) -> list[list[Encode]]:
+    """Of one composition each, and not too large."""
+    batches: dict[tuple[tuple[int, float], ...], list[list[Encode]]] = {}
+    for one in encodes:
+        own = batches.setdefault(one.members, [[]])
+        if sum(e.item.num_vectors for e in own[-1]) + one.item.num_vectors > MOST_ENCODED:
+            own.append([])
+        own[-1].append(one)
+    return [batch for own in batches.values() for batch in own if batch]
