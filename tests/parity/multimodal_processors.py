@@ -67,6 +67,7 @@ class NumpyGraniteSpeechFeatureExtractor(GraniteSpeechFeatureExtractor):
         self.projector_downsample_rate = settings.pop("projector_downsample_rate", 5)
         settings = {"sampling_rate": SAMPLING_RATE, "padding_value": 0.0, **settings}
         sizes["n_mels"] = settings.setdefault("feature_size", sizes["n_mels"])  # as it is saved
+        self.n_mels = sizes["n_mels"]  # saved too: the stock class reads this one
         super(GraniteSpeechFeatureExtractor, self).__init__(**settings)
         self.melspec_kwargs = {"sample_rate": SAMPLING_RATE, **sizes}
 

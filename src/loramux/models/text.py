@@ -40,7 +40,7 @@ class TextProcessor:
                 field="tokenizer",
                 remedy="name another with --tokenizer",
             ) from error
-        return cls(tokenizer, _read_template(chat_template))
+        return cls(tokenizer, read_template(chat_template))
 
     @property
     def eos_token_id(self) -> int | None:
@@ -65,7 +65,11 @@ class TextProcessor:
             )
         )
 
-    def render_chat(
+    def render_chat(self, messages: Sequence[dict[str, Any]], **settings: Any) -> list[int]:
+        """Messages -> prompt tokens, with the settings and errors of `render_text`."""
+        return self.encode(self.render_text(messages, **settings), add_special_tokens=False)
+
+    def render_text(
         self,
         messages: Sequence[dict[str, Any]],
         *,
@@ -73,8 +77,9 @@ class TextProcessor:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-    ) -> list[int]:
-        """Messages -> prompt tokens. Raises InvalidField where template and messages disagree."""
+    ) -> str:
+        """Messages -> the prompt as the chat template writes it. Raises InvalidField where template and
+        messages disagree."""
         if self.chat_template is None and not self.tokenizer.chat_template:
             raise InvalidField(
                 "this model has no chat template",
@@ -95,10 +100,10 @@ class TextProcessor:
             raise InvalidField(
                 f"the chat template refuses the messages: {error}", field="messages"
             ) from error
-        return self.encode(str(text), add_special_tokens=False)
+        return str(text)
 
 
-def _read_template(value: str | None) -> str | None:
+def read_template(value: str | None) -> str | None:
     """A template given as text or as the path of a file."""
     if value is None or "{" in value or "\n" in value:
         return value
