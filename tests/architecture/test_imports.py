@@ -14,6 +14,7 @@ TORCH_FREE = (
     "loramux.types",
     "loramux.schema",
     "loramux.config",
+    "loramux.content",
     "loramux.cli",
     "loramux.bench",
     "loramux.bench.throughput",
