@@ -21,6 +21,7 @@ TORCH_FREE = (
     "loramux.engine.plan",
     "loramux.engine.blocks",
     "loramux.engine.scheduler",
+    "loramux.engine.default_adapters",
     "loramux.adapters.registry",
     "loramux.adapters.pool",
     "loramux.server.app",

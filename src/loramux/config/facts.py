@@ -34,6 +34,7 @@ class ModelFacts:
     weight_bytes: int = 0
     attention_bytes: int = 0  # what the attention library keeps, beside the KV cache
     widths: Widths = field(default_factory=Widths)
+    modalities: tuple[str, ...] = ()  # what a request may carry beside text
     row_granule: int = 1  # rank rows of an adapter come in these, see `EngineConfig.row_granule`
 
     @property
