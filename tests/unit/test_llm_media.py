@@ -30,12 +30,15 @@ class MadeUp:
 
     modalities = frozenset({"image", "audio"})
 
-    def render(self, messages: Sequence[dict[str, Any]], **how: Any) -> str:
+    def prepare_chat(
+        self, messages: Sequence[dict[str, Any]], media: Sequence[Any], **settings: Any
+    ) -> MediaPrompt:
         pieces = [part.get("text", "#") for turn in messages for part in turn["content"]]
-        return "".join(pieces) + ("!" if how["add_generation_prompt"] else "")
+        text = "".join(pieces) + ("!" if settings["add_generation_prompt"] else "")
+        return self.prepare(text, media, add_special_tokens=False)
 
     def prepare(
-        self, prompt: str | Sequence[int], media: Sequence[Any], *, add_special_tokens: bool = True
+        self, prompt: str | Sequence[int], media: Sequence[Any], add_special_tokens: bool = True
     ) -> MediaPrompt:
         given = prompt
         if isinstance(prompt, str):

@@ -20,22 +20,12 @@ class Processor(Protocol):
     @property
     def modalities(self) -> frozenset[str]: ...
 
-    def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> str: ...
-
     def prepare(
-        self,
-        prompt: str | Sequence[int],
-        media: Sequence[Media],
-        *,
-        add_special_tokens: bool = True,
+        self, prompt: str | Sequence[int], media: Sequence[Media], add_special_tokens: bool = True
+    ) -> MediaPrompt: ...
+
+    def prepare_chat(
+        self, messages: Sequence[dict[str, Any]], media: Sequence[Media], **settings: Any
     ) -> MediaPrompt: ...
 
 
@@ -69,14 +59,14 @@ class MediaPrompts:
         """Messages whose contents are lists of parts, with `media` in the order in which they stand.
 
         Raises InvalidField when the chat template refuses the messages."""
-        text = self._required().render(
+        return self._required().prepare_chat(
             messages,
+            media,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             template_kwargs=template_kwargs,
         )
-        return self._required().prepare(text, media, add_special_tokens=False)
 
     def split(
         self, prompt: Sequence[int] | MediaPrompt
