@@ -14,14 +14,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from loramux.cli import NOT_FLAGS, flag_of
-from loramux.config import EngineConfig, LoRAConfig, ReplicaConfig, ServerConfig
-from loramux.config.engine import OTHER_NAMES
+from loramux.config import EngineConfig, LoRAConfig, MediaConfig, ReplicaConfig, ServerConfig
 from loramux.config.lora import DUAL_STREAM_VARIABLE, NOT_SERVED_YET
+from loramux.config.other_names import OTHER_NAMES
 
 PAGE = Path(__file__).with_name("configuration.md")
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Engine", "`LLM(...)` and `loramux serve`.", EngineConfig),
     ("LoRA", "The same two, with `enable_lora=True` or `--enable-lora`.", LoRAConfig),
+    (
+        "Media",
+        "`LLM(...)` and `loramux serve`, of a model that takes images or sound.",
+        MediaConfig,
+    ),
     ("Server", "`loramux serve` only.", ServerConfig),
     ("Replicas", "`loramux serve` only; [replicas](replicas.md) on Ray.", ReplicaConfig),
 )
@@ -70,9 +75,10 @@ def row(name: str, field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
         return "required"
-    return "none" if field.default is None else f"`{field.default}`"
+    return "none" if default is None else f"`{default}`"
 
 
 def type_name(kind: Any) -> str:

@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from loramux.config import EngineConfig, LoRAConfig, ReplicaConfig, ServerConfig, sizes
-from loramux.config.engine import OTHER_NAMES
+from loramux.config import (
+    EngineConfig,
+    LoRAConfig,
+    MediaConfig,
+    ReplicaConfig,
+    ServerConfig,
+    sizes,
+)
 from loramux.config.neutral import ANYTHING, NEUTRAL, drop_neutral
+from loramux.config.other_names import other_names
 from loramux.errors import AdapterRejected, ConfigError, LoramuxError
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ EXIT_INTERRUPTED = 130
 # Fields whose flag has another name in vLLM.
 FLAG_NAMES = {"target_modules": "--lora-target-modules"}
 # Fields that are not flags of their own.
-NOT_FLAGS = {"model", "lora"}
+NOT_FLAGS = {"model", "lora", "media"}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -119,6 +126,7 @@ def _add_serve(commands: Any) -> None:
         help='Adapters to load at start: name=path, or JSON {"name": ..., "path": ...}.',
     )
     add_flags(lora, LoRAConfig)
+    add_flags(serve.add_argument_group("media"), MediaConfig)
     add_flags(serve.add_argument_group("server"), ServerConfig)
     add_flags(serve.add_argument_group("replicas on Ray"), ReplicaConfig)
     _add_neutral(serve)
@@ -182,24 +190,19 @@ def add_flags(group: Any, settings: type[BaseModel]) -> None:
             group.add_argument(
                 flag_of(name), dest=name, default=argparse.SUPPRESS, **_argument(name, field)
             )
-    for other, name in _other_names(settings).items():
+    for other, name in other_names(settings.model_fields).items():
         keywords = _argument(name, settings.model_fields[name])
         keywords["help"] = f"The same as {flag_of(name)}."
         group.add_argument(flag_of(other), dest=other, default=argparse.SUPPRESS, **keywords)
-
-
-def _other_names(settings: type[BaseModel]) -> dict[str, str]:
-    """Second names of fields -> the fields."""
-    fields = settings.model_fields
-    return {other: name for other, name in OTHER_NAMES.items() if name in fields}
 
 
 def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     """argparse's keywords for one field."""
     kind = _without_none(field.annotation)
     text = " ".join((field.description or "").split())
-    if field.default is not None:
-        text += f" (default: {field.default})"
+    default = field.get_default(call_default_factory=True)
+    if default not in (None, []):
+        text += f" (default: {default})"
     keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
     origin = get_origin(kind)
     if kind is bool:
@@ -247,7 +250,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def settings_from(settings: type[Settings], given: argparse.Namespace, **more: Any) -> Settings:
     """The settings, from the flags that were given. Raises ConfigError naming the flag."""
-    names = [*settings.model_fields, *_other_names(settings)]
+    names = [*settings.model_fields, *other_names(settings.model_fields)]
     values = {name: getattr(given, name) for name in names if name in given}
     try:
         return settings(**{**values, **more})
@@ -336,7 +339,13 @@ def _model_of(given: argparse.Namespace) -> str:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    config = settings_from(EngineConfig, given, model=_model_of(given), lora=lora_settings(given))
+    config = settings_from(
+        EngineConfig,
+        given,
+        model=_model_of(given),
+        lora=lora_settings(given),
+        media=settings_from(MediaConfig, given),
+    )
     if key := os.environ.get(API_KEY_VARIABLE):  # empty counts as unset
         given.api_key = getattr(given, "api_key", key)
     server_config = settings_from(ServerConfig, given)

@@ -16,22 +16,31 @@ from rich.progress import Progress
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.report import BindingReport
 from loramux.config import EngineConfig, LoRAConfig
-from loramux.config.engine import OTHER_NAMES
-from loramux.config.neutral import drop_neutral
+from loramux.config.keywords import engine_config
+from loramux.engine.default_adapters import (
+    MARK,
+    choose_adapters,
+    default_int_ids,
+    default_sources,
+    is_default,
+)
 from loramux.engine.engine import Engine
 from loramux.engine.memory_table import show
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.models.loader import load_schema
-from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprob
+from loramux.offline_media import OfflineMedia
+from loramux.types import AdapterUse, Delta, MediaPrompt, SamplingParams, TokenLogprob
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
+Encoded = tuple[str | None, list[int] | MediaPrompt]  # the text, where there is one, and what runs
 
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
     """An adapter for a prompt: its name, the folder it is in, and how strongly it applies.
 
-    `lora_int_id` is accepted for vLLM's sake and plays no part: an adapter is its content.
+    `lora_int_id` is accepted for vLLM's sake and plays no part: an adapter is its content. Those of
+    `default_mm_loras` have the names `~image`, `~audio`, `~video` and ids from 1 in alphabetical order.
     """
 
     lora_name: str
@@ -69,7 +78,11 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt and its answers, in the order of `index`."""
+    """A prompt and its answers, in the order of `index`.
+
+    `prompt_token_ids` have the placeholders of media written out. `lora_request` is what was used, be it
+    asked for or a default of the prompt's media; of several, the list.
+    """
 
     request_id: str
     prompt: str | None
@@ -83,8 +96,8 @@ class RequestOutput:
 class LLM:
     """A model with its adapters in this process.
 
-    Keyword arguments are the fields of `EngineConfig` and, with `enable_lora=True`, those of
-    `LoRAConfig`. A name that is neither is refused, but for vLLM's settings at a value that asks for
+    Keyword arguments are the fields of `EngineConfig`, of `MediaConfig` and, with `enable_lora=True`,
+    of `LoRAConfig`. A name that is neither is refused, but for vLLM's settings at a value that asks for
     nothing (`pipeline_parallel_size=1`). Raises ConfigError or UnsupportedModel.
     """
 
@@ -94,6 +107,12 @@ class LLM:
             show(self.engine.memory)
         self._ids = itertools.count()
         self._paths: dict[str, str] = {}
+        self._media = OfflineMedia(self.config.media, self.engine.media.modalities)
+        try:
+            self._defaults = self._load_defaults()
+        except BaseException:
+            self.engine.close()
+            raise
 
     @property
     def config(self) -> EngineConfig:
@@ -111,11 +130,12 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Continue each prompt: a text, `{"prompt": ...}`, `{"prompt_token_ids": [...]}` or token ids.
+        The dicts may have `multi_modal_data` (see `offline_media`), with its placeholders in the prompt.
 
         `sampling_params` and `lora_request` are one for all or one a prompt. In a list of adapters
-        for several prompts, each entry may itself be a list: a composition. Returns one
-        RequestOutput a prompt, in order. Raises InvalidField, AdapterRejected and their like
-        before anything runs.
+        for several prompts, each entry may itself be a list: a composition, the empty one the base
+        model; None is the default adapters of the prompt's media, if any. Returns one RequestOutput a
+        prompt, in order. Raises InvalidField, AdapterRejected and their like before anything runs.
         """
         listed = _prompts(prompts)
         encoded = [self._encode(prompt) for prompt in listed]
@@ -133,18 +153,24 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several (a list of lists)."""
+        """Answer one conversation (a list of messages) or several (a list of lists). Contents may be
+        lists of parts as a server takes them, and `{"type": "image_pil", "image_pil": ...}`."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        encoded: list[tuple[str | None, list[int]]] = []
+        how: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "template_kwargs": chat_template_kwargs,
+        }
+        encoded: list[Encoded] = []
         for conversation in conversations:
-            ids = self.engine.text.render_chat(
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                template_kwargs=chat_template_kwargs,
-            )
-            encoded.append((self.engine.text.decode(ids), ids))
+            turns, media = self._media.of_messages(conversation)
+            prompt: list[int] | MediaPrompt
+            if self.engine.media.modalities:
+                prompt = self.engine.media.render_chat(turns, media, **how)
+            else:
+                prompt = self.engine.text.render_chat(turns, **how)
+            encoded.append((self.engine.text.decode(_tokens(prompt)), prompt))
         return self._run(encoded, sampling_params, lora_request, use_tqdm)
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
@@ -162,13 +188,16 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Prompt) -> Encoded:
         if isinstance(prompt, str):
             return prompt, self.engine.text.encode(prompt)
         if isinstance(prompt, Mapping):
-            known = {"prompt", "prompt_token_ids"}
+            known = {"prompt", "prompt_token_ids", "multi_modal_data"}
             if extra := set(prompt) - known:
                 raise InvalidField(f"a prompt cannot have {sorted(extra)}", field="prompt")
+            if media := self._media.of_data(prompt.get("multi_modal_data") or {}):
+                given = prompt["prompt_token_ids" if "prompt_token_ids" in prompt else "prompt"]
+                return prompt.get("prompt"), self.engine.media.prepare(given, media)
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
             return prompt["prompt"], self.engine.text.encode(prompt["prompt"])
@@ -176,19 +205,22 @@ class LLM:
 
     def _run(
         self,
-        encoded: list[tuple[str | None, list[int]]],
+        encoded: list[Encoded],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         lora_request: LoRA | Sequence[LoRA],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = _params(sampling_params, len(encoded))
-        loras = _loras(lora_request, len(encoded))
+        loras = [
+            self._by_default(prompt) if asked is None else asked
+            for (_, prompt), asked in zip(encoded, _loras(lora_request, len(encoded)), strict=True)
+        ]
         self._register([lora for composition in loras for lora in composition])
         outputs: dict[str, RequestOutput] = {}
         errors: list[LoramuxError] = []
         try:
-            for (text, ids), param, composition in zip(encoded, params, loras, strict=True):
-                output = self._submit(text, ids, param, composition)
+            for (text, prompt), param, composition in zip(encoded, params, loras, strict=True):
+                output = self._submit(text, prompt, param, composition)
                 outputs[output.request_id] = output
             self._drain(outputs, errors, use_tqdm)
         except BaseException:
@@ -203,10 +235,11 @@ class LLM:
     def _submit(
         self,
         text: str | None,
-        ids: list[int],
+        prompt: list[int] | MediaPrompt,
         params: SamplingParams,
         composition: Sequence[LoRARequest],
     ) -> RequestOutput:
+        ids = _tokens(prompt)
         left = (self.config.max_model_len or 0) - len(ids)
         if params.max_tokens is not None and 0 < left < params.max_tokens:
             # Offline, as in vLLM, an answer ends where the context does.
@@ -215,7 +248,7 @@ class LLM:
             )
         request_id = str(next(self._ids))
         uses = [AdapterUse(lora.lora_name, lora.scale) for lora in composition]
-        self.engine.submit(request_id, ids, params, uses)
+        self.engine.submit(request_id, prompt, params, uses)
         lora: LoRA = composition[0] if len(composition) == 1 else (list(composition) or None)
         answers = [CompletionOutput(index=i, lora_request=lora) for i in range(params.n)]
         if params.logprobs is not None:
@@ -244,9 +277,30 @@ class LLM:
                         remaining -= 1
                         progress.advance(task)
 
+    def _load_defaults(self) -> dict[str, LoRARequest]:
+        """Read the adapters of `default_mm_loras`; name -> what outputs show of them."""
+        ids = default_int_ids(self.config.lora)
+        sources = default_sources(self.config.lora)
+        for name, path in sources:
+            self.engine.add_adapter(name, path)
+        return {name: LoRARequest(name, ids[name], path) for name, path in sources}
+
+    def _by_default(self, prompt: list[int] | MediaPrompt) -> list[LoRARequest]:
+        """The adapters of a prompt for which none was named."""
+        items = prompt.items if isinstance(prompt, MediaPrompt) else ()
+        chosen = choose_adapters(self.config.lora, {item.modality for item in items})
+        return [self._defaults[use.name] for use in chosen]
+
     def _register(self, loras: Sequence[LoRARequest]) -> None:
         """Read adapters that are new, or whose name now means another folder."""
         for lora in loras:
+            if lora in self._defaults.values():
+                continue
+            if is_default(lora.lora_name):
+                raise InvalidField(
+                    f"LoRARequest {lora.lora_name!r}: names with {MARK} are those of default_mm_loras",
+                    field="lora_request",
+                )
             store = self.engine.store
             if store is None:
                 raise ConfigError(
@@ -273,28 +327,6 @@ def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> Bind
     dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
     _, report = read_adapter(os.path.basename(os.path.normpath(path)), path, schema, lora, dtype)
     return report
-
-
-def engine_config(model: str, *, enable_lora: bool = False, **settings: Any) -> EngineConfig:
-    """An EngineConfig from flat keyword arguments; unknown names are refused, all at once."""
-    lora_fields = set(LoRAConfig.model_fields)
-    engine_fields = {*EngineConfig.model_fields, *OTHER_NAMES}
-    settings = drop_neutral(settings)
-    unknown = sorted(set(settings) - lora_fields - engine_fields)
-    if unknown:
-        raise ConfigError(f"unknown settings: {', '.join(unknown)}", field=unknown[0])
-    lora_settings = {k: v for k, v in settings.items() if k in lora_fields}
-    if lora_settings and not enable_lora:
-        raise ConfigError(
-            f"{', '.join(sorted(lora_settings))} set without enable_lora",
-            field="enable_lora",
-            remedy="add enable_lora=True",
-        )
-    lora = LoRAConfig(**lora_settings) if enable_lora else None
-    rest: dict[str, Any] = {k: v for k, v in settings.items() if k in engine_fields and k != "lora"}
-    if isinstance(rest.get("served_model_name"), str):
-        rest["served_model_name"] = [rest["served_model_name"]]
-    return EngineConfig(model=model, lora=lora or settings.get("lora"), **rest)
 
 
 def _append(output: RequestOutput, delta: Delta) -> None:
@@ -328,8 +360,13 @@ def _params(
     return _one_each(list(given), count, "sampling_params")
 
 
-def _loras(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRARequest]]:
-    """A composition for each prompt. With one prompt, a flat list is its composition."""
+def _tokens(prompt: list[int] | MediaPrompt) -> list[int]:
+    return list(prompt.token_ids) if isinstance(prompt, MediaPrompt) else prompt
+
+
+def _loras(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRARequest] | None]:
+    """A composition for each prompt, None where none is named. With one prompt, a flat list is its
+    composition."""
     if given is None or isinstance(given, LoRARequest):
         return [_composition(given)] * count
     entries = list(given)
@@ -339,9 +376,9 @@ def _loras(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRAReques
     return [_composition(entry) for entry in _one_each(entries, count, "lora_request")]
 
 
-def _composition(given: LoRA) -> Sequence[LoRARequest]:
+def _composition(given: LoRA) -> Sequence[LoRARequest] | None:
     if given is None:
-        return []
+        return None
     return [given] if isinstance(given, LoRARequest) else list(given)
 
 

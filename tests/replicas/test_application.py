@@ -10,7 +10,7 @@ import ray_serve
 from pydantic import ValidationError
 
 from loramux.cli import main
-from loramux.config import EngineConfig, LoRAConfig, ReplicaConfig, ServerConfig
+from loramux.config import EngineConfig, LoRAConfig, MediaConfig, ReplicaConfig, ServerConfig
 from loramux.errors import ConfigError
 from loramux.replicas import application
 from loramux.replicas.router import AffinityRouter
@@ -70,6 +70,35 @@ def test_paths_are_the_same_from_any_directory(
     assert config.model == str(tmp_path / "model") and config.model_names == ["model"]
     assert server_config.lora_root == str(tmp_path)
     assert deployments(app)["Catalog"].init_args == ([("a", str(tmp_path / "adapters/a"))],)
+
+
+def test_default_adapters_are_read_by_every_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora = LoRAConfig(max_loras=2, default_mm_loras={"image": "i", "audio": "sub/a"})
+    app = application.build(
+        EngineConfig(model="org/base", lora=lora),
+        ServerConfig(),
+        ReplicaConfig(replicas=1),
+        [("mine", "m")],
+    )
+    found = deployments(app)
+    defaults = {"image": str(tmp_path / "i"), "audio": str(tmp_path / "sub/a")}
+    assert found["Replica"].init_args[0].lora.default_mm_loras == defaults
+    [sources] = found["Catalog"].init_args
+    assert dict(sources) == {
+        "mine": str(tmp_path / "m"),
+        "~image": defaults["image"],
+        "~audio": defaults["audio"],
+    }
+
+
+def test_the_front_lets_pass_what_a_multimodal_replica_would() -> None:
+    media = MediaConfig(max_media_bytes=3 << 20)
+    found = build(ReplicaConfig(replicas=1), media=media)
+    assert found["Ingress"].init_args[1].max_body_bytes == 20 << 20
+    assert found["Replica"].init_args[1].max_body_bytes is None, "which knows its model"
 
 
 def test_the_example_builds_an_application() -> None:

@@ -17,6 +17,7 @@ from loramux.errors import LoramuxError, Overloaded, ReplicaLost
 from loramux.replicas.forwarding import Forwarded, adapters_of, answer, unless_dead
 from loramux.replicas.front import MAX_ATTEMPTS, create_front
 from loramux.server.app import create_app
+from media_files import data_url, random_png
 
 BASE = "org/base"
 PROMPT = {"model": "alpha", "prompt": "hello", "max_tokens": 20}
@@ -101,6 +102,23 @@ def test_the_answer_is_that_of_a_single_server(method: str, path: str, body: Any
     assert _without_ids(through.text) == _without_ids(direct.text)
     for name in ("x-loramux-adapters", "allow", "retry-after"):
         assert through.headers.get(name) == direct.headers.get(name)
+
+
+def test_media_and_default_adapters_through_the_front() -> None:
+    fleet = Fleet()
+    fleet.engine = FakeEngine(
+        modalities=["image"], context=1000, default_mm_loras={"image": "/adapters/i"}
+    )
+    fleet.app = create_app(fleet.engine, ServerConfig(), owns_engine=False)  # type: ignore[arg-type]
+    part = {"type": "image_url", "image_url": {"url": data_url(random_png(1))}}
+    body = {"model": BASE, "messages": [{"role": "user", "content": [part]}]}
+    answer = fleet.request("POST", "/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-loramux-adapters"].startswith("~image@")
+    assert answer.json()["lora"][0]["modality"] == "image"
+    assert fleet.asked[0].members == (), "which replica answers does not depend on it: all have it"
+    named = fleet.request("POST", "/v1/chat/completions", json={**body, "model": "~image"})
+    assert named.status_code == 404
 
 
 def _without_ids(text: str) -> list[str]:

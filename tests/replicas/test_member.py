@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from loramux.config import EngineConfig, LoRAConfig
+from loramux.engine.default_adapters import default_sources
 from loramux.errors import AdapterLoadFailed, AdapterRejected, EngineStopped
 from loramux.replicas.catalog import Catalog
 from loramux.replicas.member import MemberEngine
@@ -103,6 +104,18 @@ def test_changes_reach_all_and_who_comes_later(tiny_world: TinyWorld) -> None:
         assert len(digests) == 1
 
     play(tiny_world, scenario, "a")
+
+
+def test_default_adapters_are_served_by_all(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        lora = LoRAConfig(default_mm_loras={"image": str(tiny_world.adapters["a"])})
+        club.catalog = Catalog(default_sources(lora), club.present)
+        one, two = await club.member(), await club.member()
+        assert names(one) == names(two) == ["~image"]
+        await one.add_adapter("mine", str(tiny_world.adapters["a"]))
+        assert await tokens(one, "~image") == await tokens(two, "mine")
+
+    play(tiny_world, scenario)
 
 
 def test_a_change_after_a_missed_one_brings_both(tiny_world: TinyWorld) -> None:

@@ -1,7 +1,8 @@
 """An engine without a model: it keeps AsyncEngine's contract and answers predictably.
 
 A token is a character (its code point); token 1 is the special token in front of a prompt. The
-answer is "<who> index" followed by the prompt's text reversed, where who names the adapters.
+answer is "<who> index" followed by the prompt's text reversed, where who names the adapters. An item
+of media is as many tokens as its modality has letters, each of them "#".
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
-from loramux.config import EngineConfig, LoRAConfig
+from loramux.config import EngineConfig, LoRAConfig, MediaConfig
+from loramux.engine.default_adapters import default_sources
 from loramux.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -23,12 +25,15 @@ from loramux.errors import (
     LoramuxError,
     UnknownModel,
 )
+from loramux.media import Audio, Image, Video
 from loramux.types import (
     AdapterRef,
     AdapterStatus,
     AdapterUse,
     Delta,
     EngineStats,
+    MediaItem,
+    MediaPrompt,
     SamplingParams,
     TokenLogprob,
     TokenLogprobs,
@@ -44,16 +49,33 @@ def reference(name: str, source: str = "/adapters/x") -> AdapterRef:
 
 
 class FakeEngine:
-    """`delay_s` a token; `fail_at` (token index) and `fail_with` make an answer fail there."""
+    """`delay_s` a token; `fail_at` (token index) and `fail_with` make an answer fail there.
+
+    `modalities` is what its model takes, `media` its limits; further settings are LoRAConfig's.
+    """
 
     def __init__(
-        self, adapters: Sequence[str] = ("alpha", "beta"), *, context: int = 200, lora: bool = True
+        self,
+        adapters: Sequence[str] = ("alpha", "beta"),
+        *,
+        context: int = 200,
+        lora: bool = True,
+        modalities: Collection[str] = (),
+        media: MediaConfig | None = None,
+        **lora_settings: Any,
     ) -> None:
         self.config = EngineConfig(
-            model=BASE, max_model_len=context, lora=LoRAConfig(max_loras=4) if lora else None
+            model=BASE,
+            max_model_len=context,
+            lora=LoRAConfig(**{"max_loras": 4, **lora_settings}) if lora else None,
+            media=media or MediaConfig(),
         )
+        self.modalities = frozenset(modalities)
         self.failure: BaseException | None = None
         self.served = {name: reference(name) for name in adapters}
+        self.served |= {
+            name: reference(name, path) for name, path in default_sources(self.config.lora)
+        }
         self.loading: set[str] = set()
         self.delay_s = 0.0
         self.load_delay_s = 0.0
@@ -61,6 +83,7 @@ class FakeEngine:
         self.fail_with: LoramuxError | None = None
         self.refuse_with: Exception | None = None
         self.seen: list[tuple[SamplingParams, tuple[AdapterUse, ...], list[int]]] = []
+        self.seen_media: list[tuple[MediaItem, ...]] = []
         self.request_ids: list[str] = []
         self.running = 0
         self.cancelled = 0
@@ -103,20 +126,52 @@ class FakeEngine:
         text += str(template_kwargs) if template_kwargs else ""
         return await self.tokenize(text)
 
+    async def render_chat_media(
+        self,
+        messages: list[dict[str, Any]],
+        media: Sequence[Image | Audio | Video],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> MediaPrompt:
+        """`[role]` and its parts, an item of media as `#####`."""
+        tokens, items, left = [SPECIAL], [], list(media)
+        for turn in messages:
+            tokens += map(ord, f"[{turn['role']}]")
+            for part in turn["content"]:
+                if part["type"] == "text":
+                    tokens += map(ord, part["text"])
+                    continue
+                item = left.pop(0)
+                assert type(item).__name__.lower() == part["type"], "media are in order"
+                span = (len(tokens), len(tokens) + len(part["type"]))
+                items.append(MediaItem(part["type"], item.digest, (span,), {"decoded": item}))
+                tokens += map(ord, "#" * len(part["type"]))
+        assert not left, "each item of media has its part"
+        tokens += map(ord, "[assistant]" if add_generation_prompt else "")
+        tokens += map(ord, str(template_kwargs) if template_kwargs else "")
+        return MediaPrompt(tuple(tokens), tuple(items))
+
     def decode_token(self, token_id: int) -> str:
         return chr(token_id)
 
     async def generate(
         self,
         request_id: str,
-        prompt_token_ids: Sequence[int],
+        prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
+        items: tuple[MediaItem, ...] = ()
+        prompt_token_ids = prompt
+        if isinstance(prompt, MediaPrompt):
+            prompt_token_ids, items = prompt.token_ids, prompt.items
         self._admit(request_id, prompt_token_ids, params, adapters)
+        self.seen_media.append(items)
         who = "+".join(f"{use.name}*{use.scale:g}" for use in adapters) or "base"
-        prompt = "".join(chr(t) for t in prompt_token_ids if t != SPECIAL)
-        answers = [f"<{who}> {index} {prompt[::-1]}" for index in range(params.n)]
+        text = "".join(chr(t) for t in prompt_token_ids if t != SPECIAL)
+        answers = [f"<{who}> {index} {text[::-1]}" for index in range(params.n)]
         self.running += 1
         open_answers = set(range(params.n))
         cached = len(prompt_token_ids) // 2

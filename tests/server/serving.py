@@ -64,9 +64,11 @@ class LiveServer:
 
     def __init__(self, engine: FakeEngine, **settings: Any) -> None:
         self.engine = engine
-        app = create_app(engine, ServerConfig(**settings))  # type: ignore[arg-type]
+        self.app = create_app(engine, ServerConfig(**settings))  # type: ignore[arg-type]
         self.server = uvicorn.Server(
-            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", access_log=False)
+            uvicorn.Config(
+                self.app, host="127.0.0.1", port=0, log_level="warning", access_log=False
+            )
         )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from loramux.cli import build_parser, flag_of, main, parse_size
-from loramux.config import EngineConfig, LoRAConfig, ServerConfig
+from loramux.config import EngineConfig, LoRAConfig, MediaConfig, ServerConfig
 from loramux.errors import AdapterNotFound, AdapterRejected
 from loramux.server import run
 from loramux.server.run import AdapterSource
@@ -60,18 +60,23 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
         "--lora-dtype float32 --lora-target-modules q_proj v_proj --fully-sharded-loras "
         "--enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format "
         "--enable-moe-shared-loras --host 0.0.0.0 --port 1234 --api-key k "
-        "--allow-runtime-lora-updating --lora-root / --max-body-bytes 1MiB --shutdown-timeout-s 2"
+        "--allow-runtime-lora-updating --lora-root / --max-body-bytes 1MiB --shutdown-timeout-s 2 "
+        "--default-mm-loras-policy refuse --allowed-media-domains a.test .b.test "
+        "--allowed-media-roots /m --max-media-bytes 1MiB --max-image-pixels 9 --max-video-frames 2 "
+        "--max-video-pixels 99 --max-audio-s 1.5 --fetch-timeout-s 2.5 --max-redirects 0"
     )
     line = flags.split()
     line += ["--default-mm-loras", '{"image": "p"}']
+    line += ["--max-items-per-request", '{"image": 3}']
     line += ["--lora-modules", "x=/p=q", '{"name": "y", "path": "/z", "base_model_name": "a"}']
     assert main(line) == 0
     engine, server, modules = served[0]
     assert engine.model == "m" and engine.lora is not None
-    for settings in (engine, engine.lora, server):
+    for settings in (engine, engine.lora, engine.media, server):
         # Every field was set to something else than its default: none was forgotten.
         for name, field in type(settings).model_fields.items():
-            assert name == "model" or getattr(settings, name) != field.default, flag_of(name)
+            default = None if name == "model" else field.get_default(call_default_factory=True)
+            assert getattr(settings, name) != default, flag_of(name)
     assert engine.kv_cache_memory_bytes == 512 << 20
     assert engine.lora.target_modules == ["q_proj", "v_proj"]
     assert modules == [AdapterSource("x", "/p=q"), AdapterSource("y", "/z")]
@@ -80,6 +85,21 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
 def test_the_short_name_of_the_kv_cache(served: list[Any]) -> None:
     assert main(["serve", "m", "--kv-cache-memory", "40GiB"]) == 0
     assert served[0][0].kv_cache_memory_bytes == 40 << 30
+
+
+def test_vllms_names_of_media_settings(served: list[Any]) -> None:
+    line = [
+        "serve",
+        "m",
+        "--limit-mm-per-prompt",
+        '{"image": 2}',
+        "--allowed-local-media-path",
+        "/m",
+    ]
+    assert main(line) == 0
+    media = served[0][0].media
+    assert media.max_items_per_request == {"image": 2, "audio": 4, "video": 1}
+    assert media.allowed_media_roots == ["/m"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +130,12 @@ def test_the_short_name_of_the_kv_cache(served: list[Any]) -> None:
         ),
         (["serve", "a", "--enable-lora", "--max-lora-rank", "0"], "--max-lora-rank: "),
         (["serve", "a", "--enable-lora", "--default-mm-loras", "[1]"], "JSON object"),
+        (["serve", "a", "--enable-lora", "--default-mm-loras", '{"smell": "p"}'], "'smell'"),
+        (["serve", "a", "--enable-lora", "--default-mm-loras", '{"image": ""}'], "no path"),
+        (["serve", "a", "--default-mm-loras-policy", "none"], "needs --enable-lora"),
+        (["serve", "a", "--enable-lora", "--lora-modules", "~image=x"], "~image"),
+        (["serve", "a", "--allowed-media-domains", "http://a.test"], "--allowed-media-domains: "),
+        (["serve", "a", "--limit-mm-per-prompt", '{"smell": 1}'], "--max-items-per-request: "),
         (["serve", "a", "--enable-lora", "--lora-modules", "x"], "name=path"),
         (["serve", "a", "--enable-lora", "--lora-modules", "{"], "no JSON"),
         (["serve", "a", "--enable-lora", "--lora-modules", '{"name": "x"}'], "path"),
@@ -157,7 +183,7 @@ def test_help(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
 
 
 def test_every_flag_has_a_help_text() -> None:
-    for settings in (EngineConfig, LoRAConfig, ServerConfig):
+    for settings in (EngineConfig, LoRAConfig, MediaConfig, ServerConfig):
         assert all(field.description for field in settings.model_fields.values())
     assert build_parser().format_help()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ import httpx
 import openai
 import pytest
 from fake_engine import FakeEngine
+from openai.types.chat import ChatCompletionContentPartParam
 from serving import App, LiveServer, wait_until
 
 from loramux.errors import AdapterLoadFailed
+from media_files import data_url, random_png, wav
 
 USER = [{"role": "user", "content": "hey"}]
 
@@ -80,6 +83,67 @@ def test_chat_stream(client: openai.OpenAI) -> None:
     assert roles[0] == "assistant"
     assert text == "<base>"
     assert reasons[-1] == "length"
+
+
+@pytest.fixture
+def seeing() -> Iterator[tuple[openai.OpenAI, FakeEngine]]:
+    """A client of a model that takes images and sound, with an adapter for each."""
+    engine = FakeEngine(
+        modalities=["image", "audio"], context=1000, default_mm_loras={"image": "/i", "audio": "/a"}
+    )
+    with (
+        LiveServer(engine, shutdown_timeout_s=0) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client, engine
+
+
+def test_images_and_sound(seeing: tuple[openai.OpenAI, FakeEngine]) -> None:
+    client, engine = seeing
+    sound = base64.b64encode(wav(bytes(range(100)))).decode()
+    parts: list[ChatCompletionContentPartParam] = [
+        {"type": "text", "text": "what is this?"},
+        {"type": "image_url", "image_url": {"url": data_url(random_png(1)), "detail": "auto"}},
+        {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
+    ]
+    answer = client.chat.completions.create(
+        model="org/base", messages=[{"role": "user", "content": parts}]
+    )
+    content = answer.choices[0].message.content
+    assert content and content.startswith("<~audio*1+~image*1> 0")
+    assert answer.model_extra and [item["name"] for item in answer.model_extra["lora"]] == [
+        "~audio",
+        "~image",
+    ]
+    assert [item.modality for item in engine.seen_media[0]] == ["image", "audio"]
+    chunks = client.chat.completions.create(
+        model="alpha", messages=[{"role": "user", "content": parts[:2]}], stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "<alpha*1> 0 ]tnatsissa[#####?siht si tahw]resu["
+
+
+def test_bad_images_are_the_clients_own_errors(
+    seeing: tuple[openai.OpenAI, FakeEngine],
+) -> None:
+    client, engine = seeing
+    for url, error, code in (
+        ("data:image/png;base64,AAAA", openai.BadRequestError, "invalid_media"),
+        ("https://169.254.169.254/", openai.PermissionDeniedError, "forbidden"),
+    ):
+        with pytest.raises(error) as caught:
+            client.chat.completions.create(
+                model="org/base",
+                messages=[
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": url}}],
+                    }
+                ],
+            )
+        assert caught.value.code == code
+        assert caught.value.param == "messages.0.content.0.image_url"
+    assert engine.seen == []
 
 
 def test_models(client: openai.OpenAI) -> None:

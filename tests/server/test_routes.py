@@ -144,6 +144,7 @@ def test_large_bodies_are_refused_with_and_without_their_length(engine: FakeEngi
     ):
         assert response.status_code == 413
         assert "--max-body-bytes" in response.json()["error"]["message"]
+        assert response.json()["error"]["code"] == "body_too_large"
     assert len(engine.seen) == 1
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loramux.config import EngineConfig, ModelFacts, num_blocks, resolve
+from loramux.config.keywords import engine_config
 from loramux.errors import ConfigError
-from loramux.llm import engine_config
 
 FACTS = ModelFacts("float32", "cpu", 1000, 100, 1 << 30)
 

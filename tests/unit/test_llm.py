@@ -32,8 +32,12 @@ def test_prompt_spellings_agree(llm: LLM) -> None:
     assert outputs[0].finished and outputs[0].outputs[0].finish_reason == "length"
     [single] = llm.generate("hello", GREEDY)
     assert single.outputs[0].text == outputs[0].outputs[0].text
-    with pytest.raises(InvalidField, match="multi_modal_data"):
-        llm.generate({"prompt": "x", "multi_modal_data": {}}, GREEDY)
+    [without_media] = llm.generate({"prompt": "hello", "multi_modal_data": {}}, GREEDY)
+    assert without_media.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+    with pytest.raises(InvalidField, match=r"multi_modal_data has image.*takes text only"):
+        llm.generate({"prompt": "x", "multi_modal_data": {"image": "a.png"}}, GREEDY)
+    with pytest.raises(InvalidField, match="cache_salt"):
+        llm.generate({"prompt": "x", "cache_salt": "y"}, GREEDY)
 
 
 def test_lora_requests_in_every_form(llm: LLM, tiny_world: TinyWorld) -> None:

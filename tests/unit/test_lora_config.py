@@ -22,6 +22,7 @@ DEFAULTS = {
     "lora_dtype": "auto",
     "target_modules": None,
     "default_mm_loras": None,
+    "default_mm_loras_policy": "compose",
     "enable_tower_connector_lora": False,
     "specialize_active_lora": False,
     "enable_mixed_moe_lora_format": False,
@@ -35,6 +36,7 @@ CHANGED = {
     "lora_dtype": "float32",
     "target_modules": ["q_proj"],
     "default_mm_loras": {"image": "somewhere"},
+    "default_mm_loras_policy": "none",
     "enable_tower_connector_lora": True,
     "specialize_active_lora": True,
     "enable_mixed_moe_lora_format": True,
@@ -93,6 +95,10 @@ def test_any_rank(rank: int) -> None:
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": [" "]}, "target_modules"),
         ({"max_lora_ranks": 8}, "max_lora_ranks"),
+        ({"default_mm_loras": {"smell": "p", "image": "q"}}, "'smell', and there are image, audio"),
+        ({"default_mm_loras": {"image": "", "audio": ""}}, "no path for image, audio"),
+        ({"default_mm_loras": "p"}, "default_mm_loras"),
+        ({"default_mm_loras_policy": "sum"}, "default_mm_loras_policy"),
     ],
 )
 def test_refused_values(settings: dict[str, object], message: str) -> None:

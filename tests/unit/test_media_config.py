@@ -59,6 +59,20 @@ def test_counts_that_are_left_out_keep_their_default() -> None:
     assert MediaConfig().max_items_per_request["image"] == 8
 
 
+def test_vllms_names_and_shapes() -> None:
+    config = MediaConfig(
+        limit_mm_per_prompt={"audio": 0},
+        allowed_local_media_path="/media",
+        allowed_media_domains=None,
+    )
+    assert config == MediaConfig(
+        max_items_per_request={"audio": 0}, allowed_media_roots=["/media"], allowed_media_domains=[]
+    )
+    assert MediaConfig(allowed_local_media_path="") == MediaConfig()
+    with pytest.raises(ValidationError, match="are one setting"):
+        MediaConfig(allowed_local_media_path="/a", allowed_media_roots=["/b"])
+
+
 @pytest.mark.parametrize("counts", [{"image": -1}, {"smell": 1}, {"image": "many"}, 3])
 def test_what_are_no_counts(counts: object) -> None:
     with pytest.raises(ValidationError, match="max_items_per_request"):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from loramux.config import MediaConfig
+from loramux.content import media_of, parse_parts
 from loramux.errors import BadMedia, Forbidden, InvalidField, MediaUnavailable, RequestError
-from loramux.media import Inline, LocalFile, MediaLoader, Remote, inline_base64
+from loramux.media import Image, Inline, LocalFile, MediaLoader, Remote, Video, inline_base64
 from loramux.server.errors import response_of
 from media_files import data_url, encoded, random_image, random_png, wav
 from media_hosts import Internet, internet_of, ok
@@ -51,6 +52,48 @@ def test_the_same_image_by_every_reference(internet: Internet, tmp_path: Path) -
     assert {image.digest for image in images} == {hashlib.sha256(data).hexdigest()}
     for image in images:
         np.testing.assert_array_equal(np.asarray(image.pixels), np.asarray(random_image(1)))
+
+
+def test_content_parts_are_loaded_by_their_kind() -> None:
+    png, sound = random_png(3), wav(bytes(range(200)))
+    jpeg = base64.b64encode(encoded(random_image(4), "JPEG")).decode()
+    base = base64.b64encode(sound).decode()
+    parts = parse_parts(
+        [
+            {"type": "image_url", "image_url": {"url": data_url(png)}},
+            {"type": "audio_url", "audio_url": {"url": data_url(sound, "audio/wav")}},
+            {"type": "input_audio", "input_audio": {"data": base, "format": "wav"}},
+            {"type": "video_url", "video_url": f"data:video/jpeg;base64,{jpeg},{jpeg}"},
+            {"type": "image_pil", "image_pil": random_image(3)},
+        ],
+        prefix="messages.1.content.",
+        offline=True,
+    )
+    image, first, second, video, in_memory = (LOADER.part(part) for part in media_of(parts))
+    assert image == LOADER.image(Inline(png)) and first == second == LOADER.audio(Inline(sound))
+    assert isinstance(video, Video) and len(video.frames) == 2
+    assert isinstance(in_memory, Image) and in_memory.pixels.tobytes() == image.pixels.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": data_url(b"nothing")}}, BadMedia),
+        ({"type": "image_url", "image_url": {"url": data_url(b"x", "audio/wav")}}, BadMedia),
+        ({"type": "image_url", "image_url": {"url": "https://a.test/x"}}, Forbidden),
+        ({"type": "audio_url", "audio_url": {"url": "/etc/passwd"}}, Forbidden),
+        ({"type": "input_audio", "input_audio": {"data": "!!", "format": "wav"}}, BadMedia),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, BadMedia),
+        ({"type": "video_url", "video_url": "data:video/mp4;base64,AAAA"}, BadMedia),
+        ({"type": "image_pil", "image_pil": "no image"}, InvalidField),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_part(part: dict[str, object], kind: type[RequestError]) -> None:
+    [parsed] = media_of(parse_parts([part], prefix="messages.1.content.", offline=True))
+    with pytest.raises(kind) as caught:
+        LOADER.part(parsed)
+    assert caught.value.field == f"messages.1.content.0.{part['type']}"
 
 
 def test_the_same_sound_by_every_reference(internet: Internet, tmp_path: Path) -> None:

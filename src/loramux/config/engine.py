@@ -9,15 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from loramux.config.facts import ModelFacts
 from loramux.config.graphs import GPU_STEP, LARGEST
 from loramux.config.lora import LoRAConfig
+from loramux.config.media import MediaConfig
 from loramux.config.memory import default_kv_bytes, most_kv_bytes
 from loramux.config.memory_advice import kv_too_large, no_room_for_kv
+from loramux.config.other_names import by_field_names
 from loramux.config.sizes import parse_size
 from loramux.errors import ConfigError
 
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
-
-# Second names of fields -> the fields: vLLM's own name, and the shorter one.
-OTHER_NAMES = {"kv_cache_memory": "kv_cache_memory_bytes"}
 
 
 class EngineConfig(BaseModel):
@@ -110,20 +109,14 @@ class EngineConfig(BaseModel):
     lora: LoRAConfig | None = None
     """The LoRA configuration; None serves the base model alone."""
 
+    media: MediaConfig = Field(default_factory=MediaConfig)
+    """Where media may come from and how large they may be; for models that take any."""
+
     @model_validator(mode="before")
     @classmethod
     def _other_names(cls, data: Any) -> Any:
         """Take a field under its second name; under both only with one value."""
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        for other, name in OTHER_NAMES.items():
-            if other in data:
-                value = data.pop(other)
-                if data.get(name, value) != value:
-                    raise ValueError(f"{other} and {name} are one setting; give one of them")
-                data[name] = value
-        return data
+        return by_field_names(data, cls.model_fields)
 
     @field_validator("cudagraph_capture_sizes")
     @classmethod

@@ -44,6 +44,7 @@ class ModelFacts:
     attention_bytes: int = 0  # what the attention library keeps, beside the KV cache
     widths: Widths = field(default_factory=Widths)
     encoder: EncoderFacts | None = None  # None: a text model
+    modalities: tuple[str, ...] = ()  # what a request may carry beside text
     row_granule: int = 1  # rank rows of an adapter come in these, see `EngineConfig.row_granule`
 
     @property

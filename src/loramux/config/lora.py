@@ -9,10 +9,12 @@ import hashlib
 import json
 import logging
 import os
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loramux.config.media import Modality
 from loramux.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,10 @@ HASHED_FIELDS = (
 )
 
 # Fields that do not: where weights wait on the host, and which adapter a request gets by default.
-UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras")
+UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras", "default_mm_loras_policy")
 
 # Fields whose machinery is not built yet: name -> (value that means "off", what it waits for).
 NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
-    "default_mm_loras": (None, "it needs multimodal requests"),
     "enable_tower_connector_lora": (False, "it needs multimodal models"),
 }
 
@@ -59,6 +60,9 @@ class ModelFactsLike(Protocol):
 
     @property
     def device(self) -> str: ...
+
+    @property
+    def modalities(self) -> tuple[str, ...]: ...
 
 
 class LoRAConfig(BaseModel):
@@ -92,9 +96,13 @@ class LoRAConfig(BaseModel):
     """Serve LoRA on these modules only, by suffix (`q_proj`, `self_attn.o_proj`) or full name.
     An adapter that touches another module is refused. None: every linear layer."""
 
-    default_mm_loras: dict[str, str] | None = None
-    """Modality to adapter path: the adapter of a request that carries this modality and names no
-    adapter itself."""
+    default_mm_loras: dict[Modality, str] | None = None
+    """Modality to adapter path, as in `{"image": "path", "audio": "path"}`: the adapter of a request
+    that carries this modality and names no adapter itself. They are read at start."""
+
+    default_mm_loras_policy: Literal["compose", "refuse", "none"] = "compose"
+    """What a request gets that carries several modalities with different adapters: their sum, a refusal,
+    or the base model as in vLLM."""
 
     enable_tower_connector_lora: bool = False
     """Serve adapters on the vision or audio tower and on the connector of multimodal models."""
@@ -124,6 +132,23 @@ class LoRAConfig(BaseModel):
     def _targets_named(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and (not value or not all(name.strip() for name in value)):
             raise ValueError("target_modules must name at least one module; leave it out for all")
+        return value
+
+    @field_validator("default_mm_loras", mode="before")
+    @classmethod
+    def _modalities_known(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = get_args(Modality)
+        unknown = [str(name) for name in value if name not in known]
+        if unknown:
+            raise ValueError(
+                f"default_mm_loras names {', '.join(map(repr, unknown))}, and there are "
+                f"{', '.join(known)}"
+            )
+        empty = [name for name, path in value.items() if not path]
+        if empty:
+            raise ValueError(f"default_mm_loras has no path for {', '.join(empty)}")
         return value
 
     @model_validator(mode="before")
@@ -201,6 +226,36 @@ class LoRAConfig(BaseModel):
         Returns a new object; this one stays as the user wrote it. Raises ConfigError.
         """
         self.refuse_unserved()
+        self._check_defaults(model.modalities)
         self.dual_stream(model.device)  # raises where it cannot be had
         dtype = model.dtype if self.lora_dtype == "auto" else self.lora_dtype
         return self.model_copy(update={"lora_dtype": dtype})
+
+    @property
+    def most_defaults(self) -> int:
+        """Most adapters of `default_mm_loras` that one request can get."""
+        paths = {os.path.abspath(path) for path in (self.default_mm_loras or {}).values()}
+        return len(paths) if self.default_mm_loras_policy == "compose" else min(1, len(paths))
+
+    def _check_defaults(self, modalities: Sequence[str]) -> None:
+        """Raise ConfigError where `default_mm_loras` asks for more than the model or the pool has."""
+        named = self.default_mm_loras or {}
+        reasons, remedies = [], []
+        if foreign := sorted(set(named) - set(modalities)):
+            takes = (
+                f"takes {' and '.join(modalities)} beside text" if modalities else "is a text model"
+            )
+            reasons.append(f"default_mm_loras names {', '.join(foreign)}, and the model {takes}")
+            remedies.append(f"leave out {', '.join(foreign)}")
+        if self.most_defaults > self.max_loras:
+            reasons.append(
+                f"a request may get {self.most_defaults} adapters of default_mm_loras at once, and "
+                f"max_loras is {self.max_loras}"
+            )
+            remedies.append(
+                f"raise --max-loras to {self.most_defaults}, or choose another --default-mm-loras-policy"
+            )
+        if reasons:
+            raise ConfigError(
+                "; ".join(reasons), field="default_mm_loras", remedy="; ".join(remedies)
+            )

@@ -6,7 +6,9 @@ import os
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from loramux.config.other_names import by_field_names
 
 Modality = Literal["image", "audio", "video"]
 
@@ -32,7 +34,8 @@ class MediaConfig(BaseModel):
 
     allowed_media_roots: list[str] = Field(default_factory=list)
     """Folders that `file://` URLs and paths may lie in, by absolute path; links may not leave them. A
-    relative path is looked for in each, in this order."""
+    relative path is looked for in each, in this order. vLLM's `allowed_local_media_path` is one such
+    folder."""
 
     max_media_bytes: int = Field(default=32 << 20, ge=1)
     """Largest image, sound or video (all its frames together), as encoded in its file."""
@@ -52,14 +55,27 @@ class MediaConfig(BaseModel):
     """Longest sound, in seconds."""
 
     max_items_per_request: dict[Modality, int] = Field(default_factory=lambda: dict(DEFAULT_ITEMS))
-    """How many items of each modality one request may carry, as in vLLM's `limit_mm_per_prompt`. A
-    modality that is left out keeps its default; 0 forbids it."""
+    """How many items of each modality one request may carry; also under vLLM's name
+    `limit_mm_per_prompt`. A modality that is left out keeps its default; 0 forbids it."""
 
     fetch_timeout_s: float = Field(default=10.0, gt=0)
     """How long one fetch may take altogether, redirects included (for a video: all its frames)."""
 
     max_redirects: int = Field(default=3, ge=0)
     """How many redirects a fetch follows, each checked like the first URL; 0 follows none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, data: Any) -> Any:
+        """Take a field under vLLM's name, in vLLM's shape."""
+        if isinstance(data, dict) and isinstance(path := data.get("allowed_local_media_path"), str):
+            data = {**data, "allowed_local_media_path": [path] if path else []}
+        return by_field_names(data, cls.model_fields)
+
+    @field_validator("allowed_media_domains", mode="before")
+    @classmethod
+    def _no_domains(cls, value: Any) -> Any:
+        return [] if value is None else value
 
     @field_validator("allowed_media_domains")
     @classmethod

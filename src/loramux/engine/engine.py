@@ -30,6 +30,7 @@ from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
 from loramux.engine.leading import start
 from loramux.engine.loads import AdapterLoads
+from loramux.engine.media_prompts import MediaPrompts
 from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
 from loramux.engine.runner import Running
@@ -46,6 +47,7 @@ from loramux.types import (
     AdapterUse,
     Delta,
     EngineStats,
+    MediaPrompt,
     Request,
     SamplingParams,
 )
@@ -85,6 +87,7 @@ class Engine:
         self.text = TextProcessor.load(
             config.tokenizer or config.model, config.revision, config.chat_template
         )
+        self.media = MediaPrompts()
         self.vocab_size = loaded.vocab_size
         self.runner = started.runner
         self.inbox = Inbox()
@@ -113,7 +116,7 @@ class Engine:
     def submit(
         self,
         request_id: str,
-        prompt_token_ids: Sequence[int],
+        prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> None:
@@ -126,13 +129,12 @@ class Engine:
             raise EngineStopped("the engine is shutting down")
         if len(self._open) >= self.config.max_queue_len + self.config.max_num_seqs:
             raise Overloaded("too many requests are waiting")
+        token_ids, media = self.media.split(prompt)
         params = validate_request(
-            prompt_token_ids, params, self.config.max_model_len or 0, self.vocab_size
+            token_ids, params, self.config.max_model_len or 0, self.vocab_size
         )
         acquired = self._acquire(adapters)
-        request = Request(
-            request_id, tuple(prompt_token_ids), params, acquired, arrival_s=time.monotonic()
-        )
+        request = Request(request_id, token_ids, params, acquired, time.monotonic(), media)
         with self._open_lock:
             if request_id in self._open:
                 self._release(request)

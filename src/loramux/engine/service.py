@@ -17,7 +17,16 @@ from loramux.config import EngineConfig, MemoryPlan
 from loramux.engine.engine import Engine
 from loramux.engine.loop_thread import LoopThread
 from loramux.errors import EngineError, EngineStopped, LoramuxError
-from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats, SamplingParams
+from loramux.media import Audio, Image, Video
+from loramux.types import (
+    AdapterRef,
+    AdapterStatus,
+    AdapterUse,
+    Delta,
+    EngineStats,
+    MediaPrompt,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +117,36 @@ class AsyncEngine:
             template_kwargs=template_kwargs,
         )
 
+    @property
+    def modalities(self) -> frozenset[str]:
+        """What a request may carry beside text; empty for a text model."""
+        return self._engine.media.modalities
+
+    async def render_chat_media(
+        self,
+        messages: list[dict[str, Any]],
+        media: Sequence[Image | Audio | Video],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> MediaPrompt:
+        """`render_chat` of a multimodal model; see `MediaPrompts.render_chat`."""
+        return await asyncio.to_thread(
+            self._engine.media.render_chat,
+            messages,
+            media,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+
+    async def prepare_media(
+        self, prompt: str | Sequence[int], media: Sequence[Image | Audio | Video]
+    ) -> MediaPrompt:
+        """See `MediaPrompts.prepare`."""
+        return await asyncio.to_thread(self._engine.media.prepare, prompt, media)
+
     def decode_token(self, token_id: int) -> str:
         return self._engine.text.decode([token_id])
 
@@ -116,7 +155,7 @@ class AsyncEngine:
     async def generate(
         self,
         request_id: str,
-        prompt_token_ids: Sequence[int],
+        prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
@@ -136,7 +175,7 @@ class AsyncEngine:
         remaining = params.n
         submitted = False
         try:
-            self._engine.submit(request_id, prompt_token_ids, params, adapters)
+            self._engine.submit(request_id, prompt, params, adapters)
             submitted = True
             if self.failure is not None:  # it died between the two lines above
                 raise EngineStopped("the engine died")

@@ -46,7 +46,7 @@ def decode_image(data: bytes, config: MediaConfig, *, max_pixels: int | None = N
         _check_header(opened, data, limit)
         opened.load()
         turn = _UPRIGHT.get(opened.getexif().get(_ORIENTATION_TAG, 1))
-        pixels = _as_rgb(opened)
+        pixels = as_rgb(opened)
         if turn is not None:
             pixels = pixels.transpose(turn)
         pixels.info.clear()  # or whoever looks for an orientation there turns it once more
@@ -85,7 +85,7 @@ def _check_header(opened: PIL.Image.Image, data: bytes, limit: int) -> None:
         raise BadMedia("BMP files with run-length coding are not read", remedy="send it as PNG")
 
 
-def _as_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
+def as_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
     """A copy in RGB that needs no file."""
     if opened.mode.startswith("I;16") or opened.mode == "I":
         return _from_16_bit(opened)

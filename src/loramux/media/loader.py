@@ -8,13 +8,23 @@ from contextlib import contextmanager
 
 from loramux.config import MediaConfig
 from loramux.config.media import Modality
+from loramux.content import MediaPart
 from loramux.errors import BadMedia, InvalidField, RequestError
 from loramux.media.decoded import Audio, Image, Video
 from loramux.media.fetching import Deadline, fetch
 from loramux.media.files import read_file
 from loramux.media.images import decode_image
+from loramux.media.in_memory import image_in_memory
 from loramux.media.sounds import decode_audio
-from loramux.media.sources import Inline, LocalFile, Remote, Source, parse_frames, parse_reference
+from loramux.media.sources import (
+    Inline,
+    LocalFile,
+    Remote,
+    Source,
+    inline_base64,
+    parse_frames,
+    parse_reference,
+)
 
 
 class MediaLoader:
@@ -46,14 +56,31 @@ class MediaLoader:
                 remedy="send fewer, or have the operator raise max_items_per_request",
             )
 
+    def part(self, part: MediaPart) -> Image | Audio | Video:
+        """What a content part of a chat message refers to; refusals name `part.where`."""
+        match part.kind:
+            case "image_url":
+                return self.image(part.value, field=part.where)
+            case "audio_url":
+                return self.audio(part.value, field=part.where)
+            case "video_url":
+                return self.video(part.value, field=part.where)
+            case "image_pil":
+                with named(part.where):
+                    return image_in_memory(part.value)
+        with named(part.where):
+            media_type = f"audio/{part.format.lower()}"
+            source = inline_base64(part.value, self.config.max_media_bytes, media_type)
+        return self.audio(source, field=part.where)
+
     def image(self, reference: str | Source, *, field: str | None = None) -> Image:
         """The image that a URL, a path or a parsed source refers to."""
-        with _named(field):
+        with named(field):
             return decode_image(self._read(reference, "image"), self.config)
 
     def audio(self, reference: str | Source, *, field: str | None = None) -> Audio:
         """The sound that a URL, a path or a parsed source refers to."""
-        with _named(field):
+        with named(field):
             return decode_audio(self._read(reference, "audio"), self.config)
 
     def video(self, frames: str | Sequence[str | Source], *, field: str | None = None) -> Video:
@@ -61,7 +88,7 @@ class MediaLoader:
 
         All frames have one size. They share the deadline and the bytes of one piece of media.
         """
-        with _named(field):
+        with named(field):
             if isinstance(frames, str):
                 limits = self.config.max_media_bytes, self.config.max_video_frames
                 frames = parse_frames(frames, *limits)
@@ -80,7 +107,7 @@ class MediaLoader:
         images: list[Image] = []
         bytes_left, pixels_left = self.config.max_media_bytes, self.config.max_video_pixels
         for position, frame in enumerate(frames):
-            with _named(f"{field or 'frames'}.{position}"):
+            with named(f"{field or 'frames'}.{position}"):
                 data = self._read(frame, "image", deadline)
                 bytes_left -= len(data)
                 if bytes_left < 0 or pixels_left < 1:
@@ -131,7 +158,7 @@ def _check_type(media_type: str, modality: Modality) -> None:
 
 
 @contextmanager
-def _named(field: str | None) -> Iterator[None]:
+def named(field: str | None) -> Iterator[None]:
     """Give the refusals of the parts, which know no request, the field that they are about."""
     try:
         yield

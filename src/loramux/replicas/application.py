@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from loramux.config import EngineConfig, ReplicaConfig, ServerConfig
+from loramux.engine.default_adapters import default_sources
 from loramux.replicas.ingress import CatalogKeeper, Ingress
 from loramux.replicas.remote import CATALOG, REPLICA
 from loramux.replicas.replica import Replica
@@ -46,6 +47,7 @@ def build(
     """
     replica_config.check_engine(config)
     config, adapters = _with_full_paths(config, adapters)
+    adapters = [*adapters, *default_sources(config.lora)]
     server_config = _with_full_root(server_config)
     catalog = serve.deployment(CatalogKeeper, name=CATALOG).options(
         num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
@@ -75,7 +77,10 @@ def build(
         graceful_shutdown_timeout_s=max(drain_s, DRAIN_POLL_S),
     )
     engines = replicas.bind(config, server_config, catalog.bind(list(adapters)))
-    application: Application = front.bind(engines, server_config, config.model_names)
+    # What a model takes is known where it is: the front lets pass what may be for a multimodal one.
+    limit = server_config.body_limit(config.media)
+    front_config = server_config.model_copy(update={"max_body_bytes": limit})
+    application: Application = front.bind(engines, front_config, config.model_names)
     return application
 
 
@@ -118,7 +123,13 @@ def _with_full_paths(
         for name in ("model", "tokenizer", "chat_template")
         if (value := getattr(config, name)) is not None and os.path.exists(value)
     }
-    changed = config.model_copy(update={"served_model_name": config.model_names, **paths})
+    lora = config.lora
+    if lora is not None and lora.default_mm_loras:
+        full = {name: os.path.abspath(path) for name, path in lora.default_mm_loras.items()}
+        lora = lora.model_copy(update={"default_mm_loras": full})
+    changed = config.model_copy(
+        update={"served_model_name": config.model_names, "lora": lora, **paths}
+    )
     return changed, [(name, os.path.abspath(path)) for name, path in adapters]
 
 

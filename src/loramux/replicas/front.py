@@ -59,7 +59,7 @@ def create_front(
         return await _forward(ask, request, base_names)
 
     install_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=config.body_limit(None))
     if config.api_key is not None:
         app.add_middleware(ApiKeyGate, api_key=config.api_key.get_secret_value())
     return app

@@ -16,7 +16,14 @@ from loramux.errors import (
     LoramuxError,
 )
 from loramux.replicas.catalog import Entry, State
-from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, SamplingParams
+from loramux.types import (
+    AdapterRef,
+    AdapterStatus,
+    AdapterUse,
+    Delta,
+    MediaPrompt,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +125,7 @@ class MemberEngine(AsyncEngine):
     async def generate(
         self,
         request_id: str,
-        prompt_token_ids: Sequence[int],
+        prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
@@ -128,7 +135,7 @@ class MemberEngine(AsyncEngine):
                     f"this replica cannot serve adapter {use.name!r}: {reason}",
                     remedy="load it again with load_inplace",
                 )
-        deltas = super().generate(request_id, prompt_token_ids, params, adapters)
+        deltas = super().generate(request_id, prompt, params, adapters)
         try:
             async for delta in deltas:
                 yield delta

@@ -14,6 +14,7 @@ from loramux.errors import ConfigError
 from loramux.server import admin, chat, completions, health, models
 from loramux.server.errors import install_handlers
 from loramux.server.gate import ApiKeyGate, BodyLimit
+from loramux.server.media_loading import MediaLoading
 from loramux.server.metrics import Metrics
 from loramux.server.state import ServerState
 
@@ -36,7 +37,8 @@ def create_app(
             field="lora_root",
             remedy="create it, or name another with --lora-root",
         )
-    state = ServerState(engine, config, Metrics(engine))
+    media = engine.config.media
+    state = ServerState(engine, config, Metrics(engine), MediaLoading(media))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,6 +48,7 @@ def create_app(
             yield
         finally:
             state.draining = True
+            state.media.close()
             if owns_engine:
                 await engine.stop(config.shutdown_timeout_s)
 
@@ -57,7 +60,8 @@ def create_app(
     for part in (completions, chat, models, admin, health):
         app.include_router(part.router)
     install_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    limit = config.body_limit(media if engine.modalities else None)
+    app.add_middleware(BodyLimit, max_bytes=limit)
     if config.api_key is not None:
         # Added last, so it stands before the body limit.
         app.add_middleware(ApiKeyGate, api_key=config.api_key.get_secret_value())

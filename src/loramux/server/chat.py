@@ -11,13 +11,22 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from loramux.content import check_modalities
 from loramux.server.disconnect import unless_gone
 from loramux.server.encoding import ReplyJSON
-from loramux.server.generation import Choice, Generation, Usage, collect, has_news
+from loramux.server.generation import (
+    Choice,
+    Generation,
+    Prompt,
+    Usage,
+    collect,
+    has_news,
+    tokens_of,
+)
 from loramux.server.logprobs import chat_logprobs
 from loramux.server.protocol import ChatCompletionRequest
 from loramux.server.sampling import chat_params, check_room
-from loramux.server.selection import adapter_headers, select_adapters
+from loramux.server.selection import adapter_headers, default_adapters, select_adapters
 from loramux.server.sse import EventStream, event, guarded
 from loramux.server.state import ServerState, State
 
@@ -30,7 +39,8 @@ class Reply:
 
     state: ServerState
     body: ChatCompletionRequest
-    prompt: list[int]
+    prompt: Prompt
+    defaults: list[dict[str, Any]]
     id: str = ""
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -62,14 +72,29 @@ class Reply:
             reply["token_ids"] = part.token_ids
         return reply
 
+    def once(self) -> dict[str, Any]:
+        """What the answer says but once: the prompt's tokens, and adapters that nobody had named."""
+        said: dict[str, Any] = {"lora": self.defaults} if self.defaults else {}
+        if self.body.return_token_ids:
+            said["prompt_token_ids"] = list(tokens_of(self.prompt))
+        return said
 
-async def _render(state: ServerState, body: ChatCompletionRequest) -> list[int]:
-    return await state.engine.render_chat(
-        [message.as_turn() for message in body.messages],
-        add_generation_prompt=body.opens_turn,
-        continue_final_message=bool(body.continue_final_message),
-        template_kwargs=body.chat_template_kwargs,
-    )
+
+async def _render(state: ServerState, body: ChatCompletionRequest) -> Prompt:
+    """The prompt. Media are loaded first, all of them."""
+    how: dict[str, Any] = {
+        "add_generation_prompt": body.opens_turn,
+        "continue_final_message": bool(body.continue_final_message),
+        "template_kwargs": body.chat_template_kwargs,
+    }
+    engine = state.engine
+    check_modalities(body.media, engine.modalities)
+    if not engine.modalities:
+        return await engine.render_chat([message.as_turn() for message in body.messages], **how)
+    turns = [message.as_turn_of_parts() for message in body.messages]
+    async with state.media.loaded(body.media) as media:
+        prompt = await engine.render_chat_media(turns, media, **how)
+    return prompt if prompt.items else prompt.token_ids
 
 
 @router.post("/v1/chat/completions")
@@ -77,18 +102,19 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response:
     """Answer a conversation."""
-    adapters = select_adapters(state, body)
+    adapters = select_adapters(state, body, {part.modality for part in body.media})
     params = chat_params(body)
-    prompt = await _render(state, body)
+    rendering = _render(state, body)
+    prompt = await (unless_gone(request.receive, rendering) if body.media else rendering)
     named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     check_room(
-        len(prompt),
+        len(tokens_of(prompt)),
         params.max_tokens,
         state.context_length,
         prompt_field="messages",
         tokens_field=named,
     )
-    reply = Reply(state, body, prompt)
+    reply = Reply(state, body, prompt, default_adapters(state, adapters))
     headers = adapter_headers(state, adapters)
     generation = Generation(state, [prompt], params, adapters)
     if body.stream:
@@ -104,10 +130,7 @@ def _whole(reply: Reply, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         reply.choice(index, choice, {"message": {"role": "assistant", "content": choice.text}})
         for index, choice in enumerate(choices)
     ]
-    answer = reply.envelope("chat.completion", listed) | {"usage": usage.as_reply()}
-    if reply.body.return_token_ids:
-        answer["prompt_token_ids"] = reply.prompt
-    return answer
+    return reply.envelope("chat.completion", listed) | {"usage": usage.as_reply()} | reply.once()
 
 
 async def _events(reply: Reply, generation: Generation, n: int) -> AsyncIterator[bytes]:
@@ -121,8 +144,8 @@ async def _events(reply: Reply, generation: Generation, n: int) -> AsyncIterator
             content["usage"] = usage.as_reply()
         elif options.include_usage:
             content["usage"] = None
-        if reply.body.return_token_ids and not opened:
-            content["prompt_token_ids"] = reply.prompt
+        if not opened:
+            content |= reply.once()
         return event(content)
 
     async for news in generation:

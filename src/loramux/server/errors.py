@@ -144,6 +144,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         message = f"{request.method} is not allowed on {request.url.path}"
         code = "method_not_allowed"
+    elif error.status_code == 413:
+        code = "body_too_large"
     elif error.status_code == 400:
         message = "the body is not valid JSON (send UTF-8, not too deeply nested)"
     kind = INVALID if error.status_code < 500 else SERVER

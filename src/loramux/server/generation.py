@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 from loramux.errors import EngineError, EngineStopped
 from loramux.server.metrics import Meter
 from loramux.server.state import ServerState
-from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprobs
+from loramux.types import AdapterUse, Delta, MediaPrompt, SamplingParams, TokenLogprobs
+
+Prompt = Sequence[int] | MediaPrompt
+
+
+def tokens_of(prompt: Prompt) -> Sequence[int]:
+    return prompt.token_ids if isinstance(prompt, MediaPrompt) else prompt
 
 
 class Event(NamedTuple):
@@ -32,7 +38,7 @@ class Generation:
     def __init__(
         self,
         state: ServerState,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         adapters: Sequence[AdapterUse],
     ) -> None:
@@ -62,13 +68,14 @@ class Generation:
     async def _pump(self, prompt: int) -> None:
         """Forward one prompt's deltas. Cancelling this task cancels the engine's request."""
         finished = 0
+        num_tokens = len(tokens_of(self._prompts[prompt]))
         try:
             async for delta in self._state.engine.generate(
                 f"{self._id}-{prompt}", self._prompts[prompt], self._params, self._adapters
             ):
                 event = Event(prompt, prompt * self._params.n + delta.index, delta)
                 finished += delta.finished
-                self._meter.saw(prompt, event.choice, delta, len(self._prompts[prompt]))
+                self._meter.saw(prompt, event.choice, delta, num_tokens)
                 self._queue.put_nowait(event)
             if finished < self._params.n:
                 raise EngineStopped("the engine ended the request before its answer was complete")
@@ -124,8 +131,8 @@ class Choice:
 class Usage:
     """Token counts of one HTTP request, as they grow."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], n: int) -> None:
-        self._prompt = sum(len(prompt) for prompt in prompts)
+    def __init__(self, prompts: Sequence[Prompt], n: int) -> None:
+        self._prompt = sum(len(tokens_of(prompt)) for prompt in prompts)
         self._n = n
         self._completion = 0
         self._cached: dict[int, int] = {}
@@ -147,7 +154,7 @@ class Usage:
 
 
 async def collect(
-    generation: Generation, prompts: Sequence[Sequence[int]], n: int
+    generation: Generation, prompts: Sequence[Prompt], n: int
 ) -> tuple[list[Choice], Usage]:
     """Run a generation to its end. Raises what it raises, and closes it either way."""
     choices = [Choice() for _ in range(len(prompts) * n)]

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from loramux.engine.default_adapters import is_default
 from loramux.errors import UnknownModel
 from loramux.server.encoding import ReplyJSON
 from loramux.server.state import ServerState, State
@@ -37,6 +38,7 @@ def _cards(state: ServerState) -> list[dict[str, Any]]:
             "digest": status.ref.digest,
         }
         for status in state.engine.adapters()
+        if not is_default(status.ref.name)  # nobody can ask for these
     ]
     return bases + adapters
 

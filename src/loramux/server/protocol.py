@@ -8,10 +8,21 @@ Null means "the default" everywhere, as it does for OpenAI.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loramux.content import (
+    MediaPart,
+    Part,
+    check_role,
+    check_text,
+    joined_text,
+    media_of,
+    parse_parts,
+    template_parts,
+)
 from loramux.errors import InvalidField
 from loramux.types import MAX_LOGPROBS, AdapterUse
 
@@ -20,19 +31,10 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
-def _encodable(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no text and would break the tokenizer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds a lone surrogate, which is not text") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(check_text)]
 
 NO_TOOLS = "tool calling is not served"
-NO_AUDIO = "only text is served"
+NO_AUDIO = "answers are text"
 
 
 class Body(BaseModel):
@@ -202,13 +204,9 @@ class CompletionRequest(GenerationBody):
         return self
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
-
-
 class ChatMessage(Body):
-    """One turn. `content` is text; a list of text parts is joined by newlines."""
+    """One turn. `content` is text, or parts of which some are media; text parts alone are joined by
+    newlines."""
 
     not_served = {
         "tool_calls": (([],), NO_TOOLS),
@@ -220,7 +218,7 @@ class ChatMessage(Body):
     }
 
     role: Text = Field(min_length=1, max_length=64)
-    content: Text | None = None
+    content: str | list[Part] | None = None
     name: Text | None = None
     tool_calls: Any = None
     tool_call_id: Any = None
@@ -229,20 +227,19 @@ class ChatMessage(Body):
     refusal: Any = None
     annotations: Any = None
 
-    @field_validator("content", mode="before")
+    @field_validator(
+        "content", mode="plain", json_schema_input_type=str | list[dict[str, Any]] | None
+    )
     @classmethod
-    def _join_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        for part in value:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text":
-                raise InvalidField(
-                    f"a content part of type {kind!r} is refused: this is a text model",
-                    field="messages",
-                    remedy='send parts of type "text"',
-                )
-        return "\n".join(TextPart.model_validate(part).text for part in value)
+    def _content(cls, value: Any) -> str | list[Part] | None:
+        if isinstance(value, str):
+            return check_text(value)
+        if isinstance(value, list):
+            parts = parse_parts(value)
+            return parts if (text := joined_text(parts)) is None else text
+        if value is not None:
+            raise ValueError("content is a text or a list of parts")
+        return None
 
     @model_validator(mode="after")
     def _check_turn(self) -> Self:
@@ -250,11 +247,24 @@ class ChatMessage(Body):
             raise InvalidField(f"role {self.role!r} is refused: {NO_TOOLS}", field="messages")
         if self.content is None and self.role != "assistant":
             raise InvalidField(f"a {self.role} message needs content", field="messages")
+        check_role(self.role, self.media, prefix="content.")
         return self
 
-    def as_turn(self) -> dict[str, str]:
-        """What a chat template is given."""
-        turn = {"role": self.role, "content": self.content or ""}
+    @property
+    def media(self) -> list[MediaPart]:
+        """In the order in which they stand."""
+        return media_of(self.content) if isinstance(self.content, list) else []
+
+    def as_turn(self) -> dict[str, Any]:
+        """What the chat template of a text model is given; there must be no media."""
+        return self._turn(self.content or "")
+
+    def as_turn_of_parts(self) -> dict[str, Any]:
+        """What the chat template of a multimodal model is given."""
+        return self._turn(template_parts([] if self.content is None else self.content))
+
+    def _turn(self, content: Any) -> dict[str, Any]:
+        turn = {"role": self.role, "content": content}
         return turn if self.name is None else {**turn, "name": self.name}
 
 
@@ -328,6 +338,15 @@ class ChatCompletionRequest(GenerationBody):
                     field="continue_final_message",
                 )
         return self
+
+    @property
+    def media(self) -> list[MediaPart]:
+        """All that the messages carry, in order; `where` is each one's path in this body."""
+        return [
+            replace(part, where=f"messages.{index}.content.{part.where}")
+            for index, message in enumerate(self.messages)
+            for part in message.media
+        ]
 
     @property
     def opens_turn(self) -> bool:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loramux.config import EngineConfig, ServerConfig
+from loramux.engine.default_adapters import default_sources, is_default
 from loramux.errors import ConfigError, EngineStopped
 from loramux.server.adapter_paths import check_name
 from loramux.server.app import create_app
@@ -108,6 +109,7 @@ async def _run(
     adapters: Sequence[AdapterSource],
     listener: socket.socket,
 ) -> int:
+    app = None
     try:
         app = create_app(engine, config, owns_engine=False)
         await engine.start()
@@ -124,6 +126,8 @@ async def _run(
         )
         await _Life(app.state.loramux, server, listener).live()
     finally:
+        if app is not None:
+            app.state.loramux.media.close()
         await engine.stop(0.0)
     if engine.failure is not None:
         raise EngineStopped(f"the engine has died: {engine.failure!r}") from engine.failure
@@ -131,7 +135,9 @@ async def _run(
 
 
 async def _load_all(engine: AsyncEngine, adapters: Sequence[AdapterSource]) -> None:
-    """Load every adapter; the first that fails ends it all."""
+    """Load every adapter, those of `default_mm_loras` too; the first that fails ends it all."""
+    sources = [(check_name(source.name), source.path) for source in adapters]
+    sources += default_sources(engine.config.lora)
     columns = (
         TextColumn("Loading adapters"),
         BarColumn(),
@@ -139,9 +145,8 @@ async def _load_all(engine: AsyncEngine, adapters: Sequence[AdapterSource]) -> N
         TimeElapsedColumn(),
         TextColumn("{task.fields[adapter]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not adapters) as progress:
-        task = progress.add_task("adapters", total=len(adapters), adapter="")
-        sources = [(check_name(source.name), source.path) for source in adapters]
+    with Progress(*columns, console=Console(stderr=True), disable=not sources) as progress:
+        task = progress.add_task("adapters", total=len(sources), adapter="")
         async for ref in engine.add_adapters(sources):
             progress.update(task, advance=1, adapter=ref.name)
 
@@ -194,8 +199,9 @@ class _Life:
         """Say when the server is ready; end it when the engine dies."""
         while not self._server.started:
             await asyncio.sleep(POLL_S / 10)
-        adapters = self._engine.adapters()
-        model = adapters[0].ref.name if adapters else self._engine.config.model_names[0]
+        served = (status.ref.name for status in self._engine.adapters())
+        named = next((name for name in served if not is_default(name)), None)
+        model = named or self._engine.config.model_names[0]
         announce(self._config, self._listener.getsockname()[1], model)
         while self._engine.failure is None:
             await asyncio.sleep(POLL_S)

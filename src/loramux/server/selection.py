@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
+from loramux.engine.default_adapters import MARK, choose_adapters, is_default
 from loramux.errors import InvalidField, UnknownModel
 from loramux.server.protocol import GenerationBody
 from loramux.server.state import ServerState
@@ -14,18 +16,22 @@ ADAPTERS_HEADER = "x-loramux-adapters"
 DIGEST_LENGTH = 12
 
 
-def select_adapters(state: ServerState, body: GenerationBody) -> tuple[AdapterUse, ...]:
-    """`model` and `lora` as the engine wants them.
+def select_adapters(
+    state: ServerState, body: GenerationBody, modalities: Collection[str] = ()
+) -> tuple[AdapterUse, ...]:
+    """`model` and `lora` as the engine wants them, or the defaults of the `modalities` of a request that
+    names no adapter.
 
     `model` is the base model's name or an adapter's; `lora` goes with the base model only.
     Raises UnknownModel or InvalidField.
     """
     served = {status.ref.name for status in state.engine.adapters()}
+    served = {name for name in served if not is_default(name)}
     listed = body.adapters
     if body.model in state.engine.config.model_names:
         for use in listed or ():
             _check_served(state, use.name, served, field="lora")
-        return listed or ()
+        return choose_adapters(state.engine.config.lora, modalities, listed)
     _check_served(state, body.model, served, field="model")
     if listed is not None:
         raise InvalidField(
@@ -52,10 +58,28 @@ def adapter_headers(state: ServerState, uses: Sequence[AdapterUse]) -> dict[str,
     """`name@digest` of each adapter used, percent-encoded; nothing for the base model."""
     if not uses:
         return {}
-    refs: Mapping[str, AdapterRef] = {s.ref.name: s.ref for s in state.engine.adapters()}
+    refs = _refs(state)
     items = [
         f"{quote(use.name, safe='._-:@/')}@{refs[use.name].digest[:DIGEST_LENGTH]}"
         for use in uses
         if use.name in refs
     ]
     return {ADAPTERS_HEADER: ",".join(items)}
+
+
+def default_adapters(state: ServerState, uses: Sequence[AdapterUse]) -> list[dict[str, Any]]:
+    """Which adapters were applied though the request named none, for the answer's body."""
+    refs = _refs(state)
+    return [
+        {
+            "name": use.name,
+            "modality": use.name.removeprefix(MARK),
+            "digest": refs[use.name].digest,
+        }
+        for use in uses
+        if is_default(use.name) and use.name in refs
+    ]
+
+
+def _refs(state: ServerState) -> Mapping[str, AdapterRef]:
+    return {status.ref.name: status.ref for status in state.engine.adapters()}

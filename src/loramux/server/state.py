@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from loramux.config import ServerConfig
+from loramux.server.media_loading import MediaLoading
 from loramux.server.metrics import Metrics
 
 if TYPE_CHECKING:  # importing the engine for real would import torch
@@ -25,6 +26,7 @@ class ServerState:
     engine: AsyncEngine
     config: ServerConfig
     metrics: Metrics
+    media: MediaLoading
     started_s: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 
