@@ -63,10 +63,11 @@ def _attention_kernel(
     tables_ptr: tl.tensor, starts_ptr: tl.tensor, contexts_ptr: tl.tensor, scaling: tl.tensor,
     q_stride_t: tl.tensor, q_stride_h: tl.tensor, k_stride_b: tl.tensor, k_stride_s: tl.tensor,
     k_stride_h: tl.tensor, v_stride_b: tl.tensor, v_stride_s: tl.tensor, v_stride_h: tl.tensor,
-    tables_stride: tl.tensor, sinks_ptr: tl.tensor,
+    tables_stride: tl.tensor, sinks_ptr: tl.tensor, last_keys_ptr: tl.tensor,
     window: tl.constexpr, softcap: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr,
     dim: tl.constexpr, dim_v: tl.constexpr, block_d: tl.constexpr, block_dv: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, sunk: tl.constexpr, upcast: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, sunk: tl.constexpr, ahead: tl.constexpr,
+    upcast: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid [row blocks, Hkv, Q]; `block_d`, `block_dv`: `dim`, `dim_v` rounded up for `tl.dot`."""
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -88,6 +89,11 @@ def _attention_kernel(
 
     # Nobody in this block looks outside [first, end): what lies there is not read.
     end = before + tl.minimum((row + block_m - 1) // group + 1, queries)
+    last = own  # [M]
+    if ahead:
+        last = tl.maximum(own, tl.load(last_keys_ptr + token, mask=exists, other=-1))  # [M]
+        furthest = tl.max(tl.where(exists, last, 0), 0)
+        end = tl.minimum(furthest + 1, before + queries)
     first = 0
     if window > 0:
         first = tl.maximum(before + row // group - window + 1, 0)
@@ -105,7 +111,7 @@ def _attention_kernel(
         k_mask = wanted[None, :] & (features < dim)[:, None]  # [D, N]
         keys = tl.load(k_ptr + k_at[None, :] + features[:, None], mask=k_mask, other=0.0)
         scores = _tile_scores(q, keys, scaling, softcap, upcast)  # [M, N]
-        seen = positions[None, :] <= own[:, None]  # [M, N]
+        seen = positions[None, :] <= last[:, None]  # [M, N]
         if window > 0:
             seen = seen & (positions[None, :] > own[:, None] - window)  # [M, N]
         scores = tl.where(seen & wanted[None, :], scores, float("-inf"))  # [M, N]
@@ -174,10 +180,11 @@ def paged_attention(
         batch.block_tables, batch.query_starts_tensor, batch.context_lens_tensor,
         scaling, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], *v_cache.stride()[:3], batch.block_tables.stride(0),
-        q if sinks is None else sinks,
+        *(q if tensor is None else tensor for tensor in (sinks, batch.last_keys)),
         window=window, softcap=softcap, block_size=block_size, group=group,
         dim=dim, dim_v=dim_v, block_d=block_d, block_dv=block_dv,
         block_m=block_m, block_n=block_n, sunk=sinks is not None,
+        ahead=batch.last_keys is not None,
         # The interpreter multiplies the bits of bf16 as if they were integers.
         upcast=triton.knobs.runtime.interpret,
         num_warps=8 if block_m * block_dv >= 64 * 256 else 4, num_stages=2,
