@@ -58,16 +58,34 @@ def _with_sinks(
 
 
 @triton.jit
+def _reach(
+    own: tl.tensor,
+    end: tl.tensor,
+    context: tl.tensor,
+    exists: tl.tensor,
+    last_keys_at: tl.tensor,
+    ahead: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The last position [M] that each row sees, and where the keys end that any of them sees: `own` [M]
+    and `end`, but with `ahead` what `last_keys` says as well."""
+    last = own  # [M]
+    if ahead:
+        last = tl.maximum(own, tl.load(last_keys_at, mask=exists, other=-1))  # [M]
+        furthest = tl.max(tl.where(exists, last, 0), 0)
+        end = tl.minimum(furthest + 1, context)
+    return last, end
+
+
+@triton.jit
 def _attention_kernel(
     out_ptr: tl.tensor, q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor,
     tables_ptr: tl.tensor, starts_ptr: tl.tensor, contexts_ptr: tl.tensor, scaling: tl.tensor,
     q_stride_t: tl.tensor, q_stride_h: tl.tensor, k_stride_b: tl.tensor, k_stride_s: tl.tensor,
     k_stride_h: tl.tensor, v_stride_b: tl.tensor, v_stride_s: tl.tensor, v_stride_h: tl.tensor,
-    tables_stride: tl.tensor, sinks_ptr: tl.tensor, last_keys_ptr: tl.tensor,
+    tables_stride: tl.tensor, sinks_ptr: tl.tensor, last_keys_ptr: tl.tensor, ahead: tl.constexpr,
     window: tl.constexpr, softcap: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr,
     dim: tl.constexpr, dim_v: tl.constexpr, block_d: tl.constexpr, block_dv: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, sunk: tl.constexpr, ahead: tl.constexpr,
-    upcast: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, sunk: tl.constexpr, upcast: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid [row blocks, Hkv, Q]; `block_d`, `block_dv`: `dim`, `dim_v` rounded up for `tl.dot`."""
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -88,13 +106,8 @@ def _attention_kernel(
     q = tl.load(q_ptr + q_at, mask=exists[:, None] & (features < dim)[None, :], other=0.0)
 
     # Nobody in this block looks outside [first, end): what lies there is not read.
-    end = before + tl.minimum((row + block_m - 1) // group + 1, queries)
-    last = own  # [M]
-    if ahead:
-        last = tl.maximum(own, tl.load(last_keys_ptr + token, mask=exists, other=-1))  # [M]
-        furthest = tl.max(tl.where(exists, last, 0), 0)
-        end = tl.minimum(furthest + 1, before + queries)
-    first = 0
+    first, end = 0, before + tl.minimum((row + block_m - 1) // group + 1, queries)
+    last, end = _reach(own, end, before + queries, exists, last_keys_ptr + token, ahead)  # [M]
     if window > 0:
         first = tl.maximum(before + row // group - window + 1, 0)
     top = tl.full([block_m], float("-inf"), tl.float32)  # [M]
