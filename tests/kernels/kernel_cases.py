@@ -157,8 +157,10 @@ def attention_oracle(
     for i, context in enumerate(batch.context_lens):
         start, end = batch.query_starts[i : i + 2]
         for t in range(start, end):
-            own = context - end + t
-            positions = torch.arange(max(0, own - window + 1) if window else 0, own + 1)
+            own = last = context - end + t
+            if batch.last_keys is not None:
+                last = max(own, int(batch.last_keys[t]))
+            positions = torch.arange(max(0, own - window + 1) if window else 0, last + 1)
             blocks, offsets = batch.block_tables[i][positions // size], positions % size
             keys = k_cache[blocks, offsets].double().repeat_interleave(group, 1)  # [c, H, D]
             values = v_cache[blocks, offsets].double().repeat_interleave(group, 1)  # [c, H, Dv]
@@ -171,6 +173,22 @@ def attention_oracle(
                 values = torch.cat((values, torch.zeros_like(values[:1])))  # [c+1, H, Dv]
             wanted[t] = torch.einsum("hc,chd->hd", scores.softmax(-1), values)  # [H, Dv]
     return wanted
+
+
+def with_images(batch: AttentionBatch) -> AttentionBatch:
+    """Some rows of each sequence are an image's, which see all of it; of the others `last_keys` says
+    -1 or some position up to their own."""
+    last_keys = torch.full((batch.query_starts[-1],), -1, dtype=torch.int32)  # [T]
+    for i, context in enumerate(batch.context_lens):
+        start, end = batch.query_starts[i : i + 2]
+        if start == end:
+            continue
+        own = torch.arange(context - (end - start), context)  # [q]
+        earlier = (torch.rand(end - start) * (own + 1)).long()  # [q]
+        last_keys[start:end] = torch.where(torch.rand(end - start) < 0.5, earlier, -1)
+        first, last = sorted(torch.randint(end - start, (2,)).tolist())
+        last_keys[start + first : start + last + 1] = own[last]
+    return replace(batch, last_keys=last_keys)
 
 
 def without_notes(batch: AttentionBatch) -> AttentionBatch:

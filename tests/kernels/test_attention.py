@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -15,12 +17,14 @@ from kernel_cases import (
     make_batch,
     poisoned,
     strided,
+    with_images,
     without_notes,
 )
 
 from loramux.kernels import AttentionBatch
 from loramux.kernels.dispatch import Backend
 
+F32 = torch.float32
 MIXED = [(1, 1), (1, 37), (3, 40), (0, 5), (15, 15), (2, 70), (17, 17), (18, 50)]
 
 
@@ -35,10 +39,13 @@ def check(
     softcap: float = 0.0,
     block_size: int = 16,
     sinks: torch.Tensor | None = None,
+    images: bool = False,
 ) -> None:
     """Blocks that a window has left behind are gone from the table and hold NaN."""
     firsts = [max(0, context - q + 1 - window) if window else 0 for q, context in lengths]
     batch, blocks = make_batch(lengths, block_size, firsts)
+    if images:
+        batch = with_images(batch)
     k_cache = fill_cache(batch, blocks, block_size, heads[1], dims[0], dtype)
     v_cache = fill_cache(batch, blocks, block_size, heads[1], dims[1], dtype)
     tokens = batch.query_starts[-1]
@@ -72,6 +79,31 @@ def test_windows_and_softcaps(ops: Backend, window: int, softcap: float, block_s
     check(ops, MIXED, (4, 2), dims, torch.float32, **options)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 1, 6, 33, 1000])
+def test_images_see_themselves_whole(ops: Backend, window: int, softcap: float) -> None:
+    for _ in range(4):
+        check(ops, MIXED, (4, 2), (32, 32), F32, window=window, softcap=softcap, images=True)
+    check(ops, [(3, 1300), (20, 1000)], (2, 1), (32, 32), F32, window=window, images=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_images_beside_sinks_in_every_dtype(ops: Backend, dtype: torch.dtype) -> None:
+    check(ops, MIXED, (4, 2), (32, 32), dtype, window=6, sinks=torch.randn(4), images=True)
+    check(ops, MIXED, (4, 2), (20, 36), dtype, images=True)
+
+
+def test_last_keys_end_with_the_context(ops: Backend) -> None:
+    batch, blocks = make_batch([(3, 20), (18, 40)], 16)
+    cache = fill_cache(batch, blocks, 16, 2, 32, F32)
+    q = torch.randn(21, 4, 32)
+    far, exact = (
+        replace(batch, last_keys=int32(last)) for last in ([999] * 21, [19] * 3 + [39] * 18)
+    )
+    out = ops.paged_attention(q, cache, cache, far, 0.2)
+    assert_close(out, attention_oracle(q, cache, cache, exact, 0.2, 0, 0.0), floor=2e-5)
+
+
 def test_a_long_context_is_split_and_merged(ops: Backend) -> None:
     check(ops, [(1, 900), (2, 1500)], (2, 1), (64, 64), torch.float32)
     check(ops, [(3, 1300)], (2, 1), (64, 64), torch.float32, window=700)
@@ -79,6 +111,8 @@ def test_a_long_context_is_split_and_merged(ops: Backend) -> None:
 
 def test_queries_of_a_long_chunk_are_cut(ops: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramux.kernels.cpu_prefill.MASK_ELEMENTS", 1)
+    for window in (0, 21):
+        check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), F32, window=window, images=True)
     check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32)
     check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32, window=21)
     check(ops, [(40, 90), (50, 50)], (2, 1), (32, 32), torch.float32, sinks=torch.randn(2))

@@ -17,6 +17,7 @@ from kernel_cases import (
     fill_cache,
     make_batch,
     strided,
+    with_images,
 )
 
 from loramux.kernels import AttentionBatch, reference
@@ -39,6 +40,7 @@ def on_device(batch: AttentionBatch) -> AttentionBatch:
         block_tables=batch.block_tables.to(DEVICE),
         query_starts_tensor=batch.query_starts_tensor.to(DEVICE),
         context_lens_tensor=batch.context_lens_tensor.to(DEVICE),
+        last_keys=None if batch.last_keys is None else batch.last_keys.to(DEVICE),
     )
 
 
@@ -70,10 +72,13 @@ def check(
     softcap: float = 0.0,
     block_size: int = 16,
     sinks: torch.Tensor | None = None,
+    images: bool = False,
 ) -> None:
     """Blocks that a window has left behind are gone from the table and hold NaN."""
     firsts = [max(0, context - q + 1 - window) if window else 0 for q, context in lengths]
     batch, blocks = make_batch(lengths, block_size, firsts)
+    if images:
+        batch = with_images(batch)
     k_cache = fill_cache(batch, blocks, block_size, heads[1], dims[0], dtype)
     v_cache = fill_cache(batch, blocks, block_size, heads[1], dims[1], dtype)
     for i, first in enumerate(firsts):  # the part of a block that the window has left, too
@@ -108,6 +113,28 @@ def test_grouped_heads(heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("window", [0, 1, 6, 33, 1000])
 def test_windows_and_softcaps(window: int, softcap: float, block_size: int) -> None:
     check(MIXED, window=window, softcap=softcap, block_size=block_size)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2)], ids=str)
+@pytest.mark.parametrize("window", [0, 1, 6, 33])
+def test_images_see_themselves_whole(window: int, heads: tuple[int, int]) -> None:
+    for dtype in DTYPES:
+        check([(4, 4), *MIXED, (1, 9)], heads, dtype=dtype, window=window, images=True)
+    check([(90, 120), (1, 30)], heads, window=window, images=True)
+    check(MIXED, heads, window=window, softcap=3.0, sinks=torch.randn(heads[0]), images=True)
+
+
+def test_last_keys_end_with_the_context() -> None:
+    batch, blocks = make_batch([(3, 20), (18, 40)], 16)
+    cache = fill_cache(batch, blocks, 16, 1, 16, F32)
+    q = torch.randn(21, 2, 16)
+    far, exact = (
+        replace(batch, last_keys=torch.tensor(last, dtype=torch.int32))
+        for last in ([999] * 21, [19] * 3 + [39] * 18)
+    )
+    assert_close(
+        run(q, cache, cache, far, 0.25), attention_oracle(q, cache, cache, exact, 0.25, 0, 0.0)
+    )
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (17, 1)], ids=str)

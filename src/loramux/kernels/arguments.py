@@ -211,4 +211,10 @@ class AttentionBatch:
     """No sequence has more query rows than this; 0: look at `query_starts`. A captured graph keeps
     the bound that it was captured with."""
 
+    last_keys: torch.Tensor | None = None
+    """[T] int32, contiguous, on the ops' device: the last position that each query row sees, where it
+    sees more than those up to its own. A row whose entry is not beyond its own position (-1, say) is
+    causal, and None says that all are. Keys up to there must be in the cache; a window's lower end stays
+    where it is. Not for captured graphs."""
+
     notes: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -59,7 +59,7 @@ class _Attention(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("q", "k", "v", "out", "tables", "starts", "contexts", "chosen")),
-        ("sinks", _P),
+        *((name, _P) for name in ("sinks", "last_keys")),
         *((name, _I) for name in ("num_chosen", "table_stride", "q_token", "q_head", "k_block")),
         *((name, _I) for name in ("v_block", "heads", "kv_heads", "dim", "v_dim", "block_size")),
         *((name, _I) for name in ("window", "dtype", "threads", "num_blocks")),
@@ -224,6 +224,12 @@ def _check_sinks(sinks: torch.Tensor, heads: int) -> None:
         raise ValueError(f"paged_attention: sinks must be {heads} contiguous float32 on the CPU")
 
 
+def _check_last_keys(last_keys: torch.Tensor, rows: int) -> None:
+    plain = last_keys.dtype == torch.int32 and last_keys.is_contiguous() and last_keys.is_cpu
+    if last_keys.dim() != 1 or last_keys.shape[0] < rows or not plain:
+        raise ValueError(f"AttentionBatch: last_keys must be {rows} contiguous int32 on the CPU")
+
+
 def _split(batch: AttentionBatch, block_size: int) -> tuple[list[int], list[int], int]:
     """Sequences of few queries, those of many, and the number of query rows they cover."""
     if "cpu" not in batch.notes:
@@ -237,6 +243,8 @@ def _split(batch: AttentionBatch, block_size: int) -> tuple[list[int], list[int]
         for tensor in (tables, batch.query_starts_tensor, batch.context_lens_tensor):
             if tensor.dtype != torch.int32 or tensor.stride(-1) != 1 or not tensor.is_cpu:
                 raise ValueError("AttentionBatch: tensors must be int32 on the CPU")
+        if batch.last_keys is not None:
+            _check_last_keys(batch.last_keys, starts[-1])
         short = [i for i, count in enumerate(counts) if 0 < count < LONG_CHUNK]
         long = [i for i, count in enumerate(counts) if count >= LONG_CHUNK]
         batch.notes["cpu"] = (short, long, starts[-1])
@@ -265,7 +273,7 @@ def _attend(
         *(q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()),
         *(tables.data_ptr(), batch.query_starts_tensor.data_ptr()),
         *(batch.context_lens_tensor.data_ptr(), ctypes.addressof(notes[key])),
-        None if sinks is None else sinks.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in (sinks, batch.last_keys)),
         *(len(chosen), tables.stride(0), q_token, q_head, k_cache.stride(0), v_cache.stride(0)),
         *(q.shape[1], kv_heads, dim, v_cache.shape[3], size, window, dtype),
         *(torch.get_num_threads(), k_cache.shape[0], scaling, softcap),

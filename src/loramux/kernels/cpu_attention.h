@@ -17,6 +17,7 @@ struct AttentionArgs {
   const int32_t *starts, *contexts;     // [Q + 1], [Q]
   const int32_t* chosen;                // [num_chosen] indices of the sequences to do
   const float* sinks;                   // [H] a score more of each head's softmax, or null
+  const int32_t* last_keys;             // [T] see AttentionBatch, or null
   int64_t num_chosen, table_stride, q_token, q_head, k_block, v_block;
   int64_t heads, kv_heads, dim, v_dim, block_size, window, dtype, threads, num_blocks;
   double scaling, softcap;
@@ -185,9 +186,11 @@ class Attention {
   void do_tile(const AttentionUnit& unit, int64_t position, int64_t n, const float* q,
                const float* keys, const float* values, float* states) const {
     const int64_t count = queries(unit.sequence), context = a_.contexts[unit.sequence];
+    const int32_t* furthest = a_.last_keys ? a_.last_keys + a_.starts[unit.sequence] : nullptr;
     for (int64_t r = 0; r < count * group_; ++r) {
       const int64_t own = context - count + r / group_ - position;  // relative to the tile
-      const int64_t hi = std::min(n, own + 1);
+      const int64_t last = furthest ? std::max(own, furthest[r / group_] - position) : own;
+      const int64_t hi = std::min(n, last + 1);
       const int64_t lo = a_.window ? std::max<int64_t>(0, own - a_.window + 1) : 0;
       if (lo >= hi) continue;
       Vec scores = dot_sixteen(q + r * pad_, keys, pad_);

@@ -20,7 +20,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = ("cpu_kernels.cpp", "cpu_attention.h", "cpu_glue.h", "cpu_lora.h", "cpu_simd.h")
-ABI = 1
+ABI = 2
 # GCC versions differ in their default for -ffp-contract; the twins' tolerance allows it.
 FLAGS = (
     *("-O3", "-std=gnu++17", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"),

@@ -17,7 +17,7 @@ constexpr int64_t kGlueWork = 128 << 10;  // elements
 
 extern "C" {
 
-int64_t loramux_abi() { return 1; }
+int64_t loramux_abi() { return 2; }
 
 int loramux_lora_delta(const Site* site, const Segments* segments, const void* x,
                        int64_t x_stride, void* y, int64_t y_stride, int64_t tokens, int64_t dtype,

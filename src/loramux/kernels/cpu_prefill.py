@@ -35,18 +35,34 @@ def attend(
     keys = gather_positions(k_cache, batch.block_tables[i], first, context)  # [c, Hkv, D]
     values = gather_positions(v_cache, batch.block_tables[i], first, context)  # [c, Hkv, Dv]
     queries = q[start:end]  # [q, H, D]
-    if context == end - start and (window == 0 or window >= context):
+    before = context - (end - start)  # positions in front of the first query
+    last_keys = _beyond(batch, start, end, before)  # [q] or None
+    if before == 0 and last_keys is None and (window == 0 or window >= context):
         out[start:end] = _sdpa(queries, keys, values, None, scaling, sinks)  # [q, H, Dv]
         return
     step = max(16, MASK_ELEMENTS // (context - first))
     for lo in range(0, end - start, step):
         hi = min(lo + step, end - start)
-        last = context - (end - start) + hi
-        low = max(first, last - (hi - lo) + 1 - window) if window else first
-        seen = ~hidden_mask(hi - lo, last, low, window, q.device)  # [hi - lo, last - low]
+        last, further = before + hi, None
+        if last_keys is not None:
+            further = last_keys[lo:hi]  # [hi - lo]
+            last = min(context, max(last, int(further.max()) + 1))
+        low = max(first, before + lo + 1 - window) if window else first
+        own, others = range(before + lo, before + hi), range(low, last)
+        seen = ~hidden_mask(own, others, window, q.device, further)  # [hi - lo, last - low]
         part = slice(low - first, last - first)
         result = _sdpa(queries[lo:hi], keys[part], values[part], seen, scaling, sinks)
         out[start + lo : start + hi] = result  # [hi - lo, H, Dv]
+
+
+def _beyond(batch: AttentionBatch, start: int, end: int, before: int) -> torch.Tensor | None:
+    """`last_keys` [q] of the rows start..end-1, the first of which is at position `before`; None where
+    all of them are causal."""
+    if batch.last_keys is None:
+        return None
+    last_keys = batch.last_keys[start:end]  # [q]
+    own = torch.arange(before, before + end - start)  # [q]
+    return last_keys if bool((last_keys > own).any()) else None
 
 
 def _sdpa(

@@ -1,4 +1,7 @@
-"""Paged attention on CUDA: FlashInfer where the step carries its plan, else Triton."""
+"""Paged attention on CUDA: FlashInfer where the step carries its plan, else Triton.
+
+FlashInfer's plans are of causal attention. A step with `last_keys` carries none, but real block tables.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ def paged_attention(
     kind = (scaling, window, softcap)
     if planner is not None and planner.covers(kind):
         assert sinks is None, "a model with sinks has no planner. This is a bug."
+        assert batch.last_keys is None, "a step with last_keys has no plan. This is a bug."
         return planner.run(q, k_cache, v_cache, kind)  # [T, H, D]
     return triton_attention.paged_attention(
         q, k_cache, v_cache, batch, scaling, window, softcap, sinks

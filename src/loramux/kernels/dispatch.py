@@ -237,7 +237,8 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of `q` [T, H, D] over cached positions -> [T, H, Dv].
+    """Causal attention of `q` [T, H, D] over cached positions -> [T, H, Dv]; rows of
+    `batch.last_keys` see further.
 
     `window` > 0: only the last `window` positions, the query's own included. `softcap` > 0:
     scores s become softcap * tanh(s / softcap). `sinks` [H] float32, contiguous: the softmax of

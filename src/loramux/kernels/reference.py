@@ -183,7 +183,8 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of `q` [T, H, D] over the paged cache -> [T, H, Dv], dtype of `q`.
+    """Attention of `q` [T, H, D] over the paged cache -> [T, H, Dv], dtype of `q`: causal, but for the
+    rows of `batch.last_keys`.
 
     Rows that no sequence owns come out zero.
     """
@@ -197,7 +198,9 @@ def paged_attention(
         keys = _wide(gather_positions(k_cache, batch.block_tables[i], first, context))
         values = _wide(gather_positions(v_cache, batch.block_tables[i], first, context))
         queries = _wide(q[start:end])  # [q, H, D]
-        hidden = hidden_mask(end - start, context, first, window, q.device)  # [q, c]
+        own, seen = range(context - (end - start), context), range(first, context)
+        last_keys = None if batch.last_keys is None else batch.last_keys[start:end]  # [q]
+        hidden = hidden_mask(own, seen, window, q.device, last_keys)  # [q, c]
         result = _attend(queries, keys, values, hidden, scaling, softcap, sinks)  # [q, H, Dv]
         out[start:end] = result.to(q.dtype)  # [q, H, Dv]
     return out
@@ -216,12 +219,18 @@ def gather_positions(
 
 
 def hidden_mask(
-    queries: int, context: int, first: int, window: int, device: torch.device
+    queries: range,
+    keys: range,
+    window: int,
+    device: torch.device,
+    last_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[queries, context - first] bool: True where a query must not look."""
-    own = torch.arange(context - queries, context, device=device)[:, None]  # [q, 1]
-    other = torch.arange(first, context, device=device)[None, :]  # [1, c]
-    hidden = other > own  # [q, c]
+    """[q, c] bool: True where the query at one of the positions `queries` must not look at one of
+    `keys`. `last_keys` [q] as in `AttentionBatch`."""
+    own = torch.arange(queries.start, queries.stop, device=device)[:, None]  # [q, 1]
+    other = torch.arange(keys.start, keys.stop, device=device)[None, :]  # [1, c]
+    last = own if last_keys is None else torch.maximum(own, last_keys[:, None])  # [q, 1]
+    hidden = other > last  # [q, c]
     return hidden | (other <= own - window) if window else hidden  # [q, c]
 
 

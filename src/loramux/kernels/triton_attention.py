@@ -58,12 +58,31 @@ def _with_sinks(
 
 
 @triton.jit
+def _reach(
+    own: tl.tensor,
+    end: tl.tensor,
+    context: tl.tensor,
+    exists: tl.tensor,
+    last_keys_at: tl.tensor,
+    ahead: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The last position [M] that each row sees, and where the keys end that any of them sees: `own` [M]
+    and `end`, but with `ahead` what `last_keys` says as well."""
+    last = own  # [M]
+    if ahead:
+        last = tl.maximum(own, tl.load(last_keys_at, mask=exists, other=-1))  # [M]
+        furthest = tl.max(tl.where(exists, last, 0), 0)
+        end = tl.minimum(furthest + 1, context)
+    return last, end
+
+
+@triton.jit
 def _attention_kernel(
     out_ptr: tl.tensor, q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor,
     tables_ptr: tl.tensor, starts_ptr: tl.tensor, contexts_ptr: tl.tensor, scaling: tl.tensor,
     q_stride_t: tl.tensor, q_stride_h: tl.tensor, k_stride_b: tl.tensor, k_stride_s: tl.tensor,
     k_stride_h: tl.tensor, v_stride_b: tl.tensor, v_stride_s: tl.tensor, v_stride_h: tl.tensor,
-    tables_stride: tl.tensor, sinks_ptr: tl.tensor,
+    tables_stride: tl.tensor, sinks_ptr: tl.tensor, last_keys_ptr: tl.tensor, ahead: tl.constexpr,
     window: tl.constexpr, softcap: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr,
     dim: tl.constexpr, dim_v: tl.constexpr, block_d: tl.constexpr, block_dv: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, sunk: tl.constexpr, upcast: tl.constexpr,
@@ -87,8 +106,8 @@ def _attention_kernel(
     q = tl.load(q_ptr + q_at, mask=exists[:, None] & (features < dim)[None, :], other=0.0)
 
     # Nobody in this block looks outside [first, end): what lies there is not read.
-    end = before + tl.minimum((row + block_m - 1) // group + 1, queries)
-    first = 0
+    first, end = 0, before + tl.minimum((row + block_m - 1) // group + 1, queries)
+    last, end = _reach(own, end, before + queries, exists, last_keys_ptr + token, ahead)  # [M]
     if window > 0:
         first = tl.maximum(before + row // group - window + 1, 0)
     top = tl.full([block_m], float("-inf"), tl.float32)  # [M]
@@ -105,7 +124,7 @@ def _attention_kernel(
         k_mask = wanted[None, :] & (features < dim)[:, None]  # [D, N]
         keys = tl.load(k_ptr + k_at[None, :] + features[:, None], mask=k_mask, other=0.0)
         scores = _tile_scores(q, keys, scaling, softcap, upcast)  # [M, N]
-        seen = positions[None, :] <= own[:, None]  # [M, N]
+        seen = positions[None, :] <= last[:, None]  # [M, N]
         if window > 0:
             seen = seen & (positions[None, :] > own[:, None] - window)  # [M, N]
         scores = tl.where(seen & wanted[None, :], scores, float("-inf"))  # [M, N]
@@ -174,10 +193,11 @@ def paged_attention(
         batch.block_tables, batch.query_starts_tensor, batch.context_lens_tensor,
         scaling, q.stride(0), q.stride(1),
         *k_cache.stride()[:3], *v_cache.stride()[:3], batch.block_tables.stride(0),
-        q if sinks is None else sinks,
+        *(q if tensor is None else tensor for tensor in (sinks, batch.last_keys)),
         window=window, softcap=softcap, block_size=block_size, group=group,
         dim=dim, dim_v=dim_v, block_d=block_d, block_dv=block_dv,
         block_m=block_m, block_n=block_n, sunk=sinks is not None,
+        ahead=batch.last_keys is not None,
         # The interpreter multiplies the bits of bf16 as if they were integers.
         upcast=triton.knobs.runtime.interpret,
         num_warps=8 if block_m * block_dv >= 64 * 256 else 4, num_stages=2,

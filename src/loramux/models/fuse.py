@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from loramux.kernels import Activation, rms_norm
@@ -20,6 +21,7 @@ from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.models.attach import Attached
 from loramux.models.choices import Choices
 from loramux.models.layers import FusedDecoder, FusedLayer, GatedMLP, Norm
+from loramux.models.mrope import MRope, has_sections
 from loramux.models.norms import FusedRMSNorm
 from loramux.models.proof import small_cache, small_step
 
@@ -44,12 +46,14 @@ class NotStandardError(Exception):
     """Why a model keeps its own forward."""
 
 
-def fuse(attached: Attached, num_positions: int) -> FusedDecoder | None:
+def fuse(attached: Attached, num_positions: int, extra_rows: int = 0) -> FusedDecoder | None:
     """The fused decoder of `attached` for contexts of `num_positions`, or None with a line in the
-    log. Call before the KV cache is allocated and the weights are packed."""
+    log. Call before the KV cache is allocated and the weights are packed.
+
+    `extra_rows`: so many tokens of a step may have three positions each, where the model knows them."""
     name = type(attached.model).__name__
     try:
-        decoder = _take_apart(attached, num_positions)
+        decoder = _take_apart(attached, num_positions, extra_rows)
         _compare(attached, decoder)
     except NotStandardError as reason:
         logger.info("%s keeps its own forward: %s", name, reason)
@@ -58,7 +62,7 @@ def fuse(attached: Attached, num_positions: int) -> FusedDecoder | None:
     return decoder
 
 
-def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
+def _take_apart(attached: Attached, num_positions: int, extra_rows: int) -> FusedDecoder:
     body = _get(attached.model, "model")
     layers = _get(body, "layers")
     text = attached.model.config.get_text_config()
@@ -72,6 +76,10 @@ def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
         rope: _table(rotary, rope, num_positions, dtype, device, size)
         for rope in {layer.rope for layer in fused}
     }
+    mrope = _mrope(rotary, device)
+    extra_rows = 0 if mrope is None else max(extra_rows, CHECKED_TOKENS)
+    if extra_rows:
+        tables = {rope: F.pad(table, (0, 0, 0, extra_rows)) for rope, table in tables.items()}
     return FusedDecoder(
         embedding=attached.model.get_input_embeddings(),
         layers=fused,
@@ -80,6 +88,9 @@ def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
         tables=tables,
         batch=attached.batch,
         softcap=float(getattr(text, "final_logit_softcapping", None) or 0.0),
+        mrope=mrope,
+        num_positions=num_positions,
+        extra_rows=extra_rows,
     )
 
 
@@ -195,6 +206,8 @@ def _table(
     heads of `size` features."""
     like = torch.zeros(1, 1, dtype=dtype, device=device)
     positions = torch.arange(num_positions, device=device).unsqueeze(0)  # [1, P]
+    if has_sections(rotary):
+        positions = positions.expand(3, 1, -1)  # [3, 1, P]
     arguments = inspect.signature(rotary.forward).parameters
     with torch.inference_mode(False), torch.no_grad():
         if "layer_type" in arguments:
@@ -209,6 +222,13 @@ def _table(
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()  # [P, rot]
 
 
+def _mrope(rotary: nn.Module, device: torch.device) -> MRope | None:
+    try:
+        return MRope.of(rotary, device)
+    except ValueError as error:
+        raise NotStandardError(str(error)) from error
+
+
 # --- the proof -------------------------------------------------------------------------------------
 
 
@@ -220,9 +240,11 @@ def _compare(attached: Attached, decoder: FusedDecoder) -> None:
     generator = torch.Generator().manual_seed(0)
     vocab = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(vocab, (CHECKED_TOKENS,), generator=generator).to(attached.device)  # [T]
+    positions = _checked_positions(decoder, generator).to(attached.device)  # [T] or [3, T]
     with small_cache(attached), small_step(attached, 0, CHECKED_TOKENS):
+        attached.batch.positions = _place(decoder, positions)  # [T]
         with choices.kept():
-            expected, seen = _own_forward(model, ids)  # [T, V]
+            expected, seen = _own_forward(model, ids, positions)  # [T, V]
         for index, (layer, (x, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
             norm = layer.before_attention
             normed = rms_norm(x, norm.weight, norm.eps, norm.mode)  # [T, D]
@@ -237,10 +259,32 @@ def _compare(attached: Attached, decoder: FusedDecoder) -> None:
         raise NotStandardError(f"its logits differ by {error:.1e}: there is more than its layers")
 
 
+def _checked_positions(decoder: FusedDecoder, generator: torch.Generator) -> torch.Tensor:
+    """The first and the last that there are, for attention may change with them: [T]. With an M-RoPE
+    some have three different ones: [3, T]."""
+    ramp, last = torch.arange(CHECKED_TOKENS), decoder.num_positions - 1  # [T]
+    positions = torch.where(ramp > CHECKED_TOKENS // 2, last - ramp, ramp)  # [T]
+    positions = positions.clamp(0, last)  # [T]
+    if decoder.mrope is None:
+        return positions
+    other = torch.randint(last + 1, (3, CHECKED_TOKENS), generator=generator)  # [3, T]
+    return torch.where(ramp % 3 == 0, positions, other)  # [3, T]
+
+
+def _place(decoder: FusedDecoder, positions: torch.Tensor) -> torch.Tensor:
+    """Positions [T] or [3, T] as the step has them: [T] int32."""
+    if positions.dim() == 1:
+        return positions.int()  # [T]
+    first, rows = decoder.set_positions(positions), torch.arange(positions.shape[1])  # [T]
+    equal = (positions == positions[0]).all(0)  # [T]
+    return torch.where(equal, positions[0], first + rows.to(equal.device)).int()  # [T]
+
+
 def _own_forward(
-    model: PreTrainedModel, ids: torch.Tensor
+    model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The model's own logits [T, V], and what went in and came out of each layer, [T, D] each."""
+    """The model's own logits [T, V] at `positions` [T] or [3, T], and what went in and came out of each
+    layer, [T, D] each."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def see(_: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
@@ -250,10 +294,9 @@ def _own_forward(
 
     layers: Any = model.model.layers
     hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers]
-    positions = torch.arange(len(ids), device=ids.device)  # [T]
     try:
         output = model(
-            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(-2), use_cache=False
         )
     finally:
         for hook in hooks:

@@ -26,8 +26,9 @@ from loramux.kernels import (
     rope_kv,
 )
 from loramux.layers.attention import PagedAttention
-from loramux.layers.batch import StepBatch
+from loramux.layers.batch import Overlay, StepBatch
 from loramux.layers.linear import LinearSlice, MergedLinear
+from loramux.models.mrope import MRope
 from loramux.models.norms import FusedRMSNorm
 
 
@@ -132,7 +133,9 @@ class FusedLayer:
 
 @dataclass(slots=True, eq=False)
 class FusedDecoder:
-    """The whole model. `tables` [P, rot] by name, see `rope_kv`; `softcap` bends the logits."""
+    """The whole model. `tables` [P, rot] by name, see `rope_kv`; `softcap` bends the logits.
+
+    With an `mrope` the tables have `extra_rows` behind the `num_positions` of which they have angles."""
 
     embedding: nn.Module
     layers: list[FusedLayer]
@@ -141,27 +144,60 @@ class FusedDecoder:
     tables: dict[str, torch.Tensor]
     batch: StepBatch
     softcap: float = 0.0
+    mrope: MRope | None = None
+    num_positions: int = 0
+    extra_rows: int = 0
+
+    def set_positions(self, positions: torch.Tensor) -> int:
+        """Make the angles of tokens at `positions` [3, T] int64, below `num_positions`, in time, height
+        and width, for the step that follows on this stream. The i-th of them is at the position that is
+        returned, plus i. Raises ValueError for more than `extra_rows`."""
+        if self.mrope is None or positions.shape[1] > self.extra_rows:
+            raise ValueError(f"no rows for {positions.shape[1]} tokens. This is a bug.")
+        for table in self.tables.values():
+            self.mrope.gather(table, positions, self.num_positions)
+        return self.num_positions
 
     def forward(
         self,
         ids: torch.Tensor,
         keep: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        overlay: Overlay | None = None,
     ) -> torch.Tensor:
         """Tokens [T] -> logits [B, V] of rows `keep` [B], or of all where that is None.
 
-        `out` [B, V] takes the logits, and is what is returned."""
+        `out` [B, V] takes the logits, and is what is returned. The vectors of `overlay` are as the
+        towers make them: models that scale embeddings do so in `embedding`, before."""
         residual = self.embedding(ids)  # [T, D]
+        if overlay is not None:
+            residual[overlay.rows] = overlay.vectors[0].to(residual.dtype)  # [M, D]
+        deep = 0 if overlay is None else len(overlay.vectors) - 1
         first = self.layers[0].before_attention
         x = rms_norm(residual, first.weight, first.eps, first.mode)  # [T, D]
         norms = [layer.before_attention for layer in self.layers[1:]] + [self.final]
-        for layer, following in zip(self.layers, norms, strict=True):
+        for i, (layer, following) in enumerate(zip(self.layers, norms, strict=True)):
             table = self.tables[layer.rope]
             x, residual = layer.forward(x, residual, following, table, self.batch)
+            if overlay is not None and i < deep:
+                _add_behind(x, residual, following, overlay.rows, overlay.vectors[1 + i])
         logits = _head(self.head, x if keep is None else x[keep], out)  # [B, V]
         if self.softcap:  # in place: logits of many rows are large
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
+
+
+def _add_behind(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    following: Norm,
+    rows: torch.Tensor,
+    vectors: torch.Tensor,
+) -> None:
+    """Add `vectors` [M, D] to some rows of `residual` [T, D], and norm these rows of `x` again."""
+    total = residual[rows] + vectors.to(residual.dtype)  # [M, D]
+    residual[rows] = total  # [M, D]
+    x[rows] = rms_norm(total, following.weight, following.eps, following.mode)  # [M, D]
 
 
 def _head(head: nn.Module, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
