@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from loramux.llm import LLM, CompletionOutput, LoRARequest, RequestOutput
-    from loramux.types import SamplingParams
+    from loramux.types import PoolingParams, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ _HOMES = {
     "LoRAConfig": "config",
     "LoRARequest": "llm",
     "LoramuxError": "errors",
+    "PoolingParams": "types",
     "RequestError": "errors",
     "RequestOutput": "llm",
     "SamplingParams": "types",
@@ -47,6 +48,7 @@ __all__ = [
     "LoRAConfig",
     "LoRARequest",
     "LoramuxError",
+    "PoolingParams",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

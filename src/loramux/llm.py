@@ -20,9 +20,17 @@ from loramux.config.engine import OTHER_NAMES
 from loramux.config.neutral import drop_neutral
 from loramux.engine.engine import Engine
 from loramux.engine.memory_table import show
+from loramux.engine.pooling_outputs import ClassificationRequestOutput, EmbeddingRequestOutput
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.models.loader import load_schema
-from loramux.types import AdapterUse, Delta, SamplingParams, TokenLogprob
+from loramux.types import (
+    AdapterUse,
+    Delta,
+    PoolingOutput,
+    PoolingParams,
+    SamplingParams,
+    TokenLogprob,
+)
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 
@@ -42,6 +50,8 @@ class LoRARequest:
 
 
 Entry = TypeVar("Entry")
+
+Params = SamplingParams | PoolingParams
 
 LoRA = LoRARequest | Sequence[LoRARequest] | None
 
@@ -78,6 +88,7 @@ class RequestOutput:
     finished: bool = False
     lora_request: LoRA = None
     num_cached_tokens: int = 0
+    pooled: PoolingOutput | None = field(default=None, repr=False)  # of a prompt that was pooled
 
 
 class LLM:
@@ -147,6 +158,34 @@ class LLM:
             encoded.append((self.engine.text.decode(ids), ids))
         return self._run(encoded, sampling_params, lora_request, use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = False,
+    ) -> list[EmbeddingRequestOutput]:
+        """The final hidden state of the last token of each prompt, of length 1 unless
+        `pooling_params` say otherwise. Prompts and adapters as for `generate`."""
+        params = pooling_params or PoolingParams(task="embed")
+        answered = self._pool(prompts, params, "embed", lora_request, use_tqdm)
+        return [EmbeddingRequestOutput.of(output) for output in answered]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = False,
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of each prompt, by the head that its adapter brings or else the model's. Prompts
+        and adapters as for `generate`; label counts may differ from prompt to prompt."""
+        params = pooling_params or PoolingParams(task="classify")
+        answered = self._pool(prompts, params, "classify", lora_request, use_tqdm)
+        return [ClassificationRequestOutput.of(output) for output in answered]
+
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Read an adapter ahead of its first use. Raises AdapterRejected with every reason."""
         self._register([lora_request])
@@ -174,14 +213,28 @@ class LLM:
             return prompt["prompt"], self.engine.text.encode(prompt["prompt"])
         return None, list(prompt)
 
-    def _run(
+    def _pool(
         self,
-        encoded: list[tuple[str | None, list[int]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams],
+        task: str,
         lora_request: LoRA | Sequence[LoRA],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _params(sampling_params, len(encoded))
+        tasks = {one.task for one in ([params] if isinstance(params, PoolingParams) else params)}
+        if tasks - {task}:
+            raise InvalidField(f"the task of pooling_params must be {task!r}", field="task")
+        encoded = [self._encode(prompt) for prompt in _prompts(prompts)]
+        return self._run(encoded, params, lora_request, use_tqdm)
+
+    def _run(
+        self,
+        encoded: list[tuple[str | None, list[int]]],
+        given: Params | Sequence[Params] | None,
+        lora_request: LoRA | Sequence[LoRA],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _params(given, len(encoded))
         loras = _loras(lora_request, len(encoded))
         self._register([lora for composition in loras for lora in composition])
         outputs: dict[str, RequestOutput] = {}
@@ -204,11 +257,11 @@ class LLM:
         self,
         text: str | None,
         ids: list[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         composition: Sequence[LoRARequest],
     ) -> RequestOutput:
         left = (self.config.max_model_len or 0) - len(ids)
-        if params.max_tokens is not None and 0 < left < params.max_tokens:
+        if isinstance(params, SamplingParams) and 0 < left < (params.max_tokens or 0):
             # Offline, as in vLLM, an answer ends where the context does.
             params = dataclasses.replace(
                 params, max_tokens=left, min_tokens=min(params.min_tokens, left)
@@ -218,7 +271,7 @@ class LLM:
         self.engine.submit(request_id, ids, params, uses)
         lora: LoRA = composition[0] if len(composition) == 1 else (list(composition) or None)
         answers = [CompletionOutput(index=i, lora_request=lora) for i in range(params.n)]
-        if params.logprobs is not None:
+        if isinstance(params, SamplingParams) and params.logprobs is not None:
             for answer in answers:
                 answer.logprobs, answer.cumulative_logprob = [], 0.0
         return RequestOutput(request_id, text, ids, answers, lora_request=lora)
@@ -309,6 +362,7 @@ def _append(output: RequestOutput, delta: Delta) -> None:
     answer.finish_reason = delta.finish_reason
     answer.stop_reason = delta.stop_reason
     output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+    output.pooled = delta.pooled
     output.finished = all(a.finish_reason is not None for a in output.outputs)
 
 
@@ -320,12 +374,11 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _params(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * count
-    return _one_each(list(given), count, "sampling_params")
+def _params(given: Params | Sequence[Params] | None, count: int) -> Sequence[Params]:
+    if isinstance(given, Sequence):
+        pooled = any(isinstance(one, PoolingParams) for one in given)
+        return _one_each(list(given), count, "pooling_params" if pooled else "sampling_params")
+    return [given or SamplingParams()] * count
 
 
 def _loras(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRARequest]]:

@@ -6,7 +6,8 @@ processes as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from loramux.types import AdapterRef, SamplingParams, TokenLogprobs
 
@@ -59,9 +60,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Rows with equal members are neighbours; base rows come first."""
+    """One step. Rows with equal members are neighbours; base rows come first.
+
+    `pooled` are the sequences whose prompt ends in this step and that want its last hidden state."""
 
     rows: tuple[Row, ...]
+    pooled: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +82,8 @@ class StepPlan:
                     CHOSEN_ELSEWHERE,
                 )
                 for row in self.rows
-            )
+            ),
+            self.pooled,
         )
 
 
@@ -100,6 +105,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """sequence id -> chosen token, for the rows that had a `sample`."""
+    """sequence id -> chosen token, for the rows that had a `sample`; and -> final hidden state, a
+    float32 tensor [D] on the host, for those in `StepPlan.pooled`."""
 
     sampled: dict[int, Sampled]
+    hidden: dict[int, Any] = field(default_factory=dict)

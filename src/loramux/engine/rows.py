@@ -19,7 +19,7 @@ def make_row(sequence: Sequence, count: int) -> Row:
         start=start,
         block_table=sequence.block_table,
         members=sequence.members,
-        sample=_sample_spec(sequence) if end == sequence.length else None,
+        sample=_sample_spec(sequence) if end == sequence.length and not sequence.pools else None,
     )
 
 

@@ -126,7 +126,7 @@ class Scheduler:
             self._hold_places(sequence, now, room)
         rows = [make_row(sequence, count) for sequence, count in scheduled.items()]
         rows.sort(key=_by_members)
-        return StepPlan(tuple(rows))
+        return StepPlan(tuple(rows), _pooled(scheduled))
 
     def launched(self, plan: StepPlan) -> None:
         """The plan is on its way: what is planned from now on comes after it."""
@@ -333,6 +333,12 @@ class Scheduler:
             return True
         turn = max(1.0, len(self.running) / FEW) * self.limits.adapter_patience_s
         return now - running.admitted_at >= turn
+
+
+def _pooled(scheduled: dict[Sequence, int]) -> tuple[int, ...]:
+    """Those that end with the tokens they have been given."""
+    ending = (s for s, n in scheduled.items() if s.pools and s.num_computed + n == s.length)
+    return tuple(sequence.sequence_id for sequence in ending)
 
 
 def _by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:

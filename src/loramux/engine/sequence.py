@@ -57,6 +57,11 @@ class Sequence:
         self.refs = {ref.digest: ref for ref, _ in self.request.adapters}
 
     @property
+    def pools(self) -> bool:
+        """Whether nothing is generated: it ends with its prompt."""
+        return self.request.pooling is not None
+
+    @property
     def num_tokens(self) -> int:
         """Tokens whose values are known."""
         return len(self.tokens)

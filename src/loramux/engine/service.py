@@ -17,7 +17,15 @@ from loramux.config import EngineConfig, MemoryPlan
 from loramux.engine.engine import Engine
 from loramux.engine.loop_thread import LoopThread
 from loramux.errors import EngineError, EngineStopped, LoramuxError
-from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats, SamplingParams
+from loramux.types import (
+    AdapterRef,
+    AdapterStatus,
+    AdapterUse,
+    Delta,
+    EngineStats,
+    PoolingParams,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +125,11 @@ class AsyncEngine:
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
-        """Deltas of all n answers. Leaving the iterator early cancels the request.
+        """Deltas of all n answers, or the one of a prompt that is pooled. Leaving the iterator early
+        cancels the request.
 
         Raises RequestError, Overloaded or EngineStopped before the first Delta; later faults come
         as a Delta with an error.

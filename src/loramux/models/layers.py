@@ -10,6 +10,7 @@ The LoRA delta of each product is folded into the op after it (`Expand`), so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,8 @@ class FusedDecoder:
     tables: dict[str, torch.Tensor]
     batch: StepBatch
     softcap: float = 0.0
+    tap: Callable[[torch.Tensor], None] | None = None
+    """Given the final hidden states [T, D] of each forward, see `models/hidden.py`."""
 
     def forward(
         self,
@@ -158,6 +161,8 @@ class FusedDecoder:
         for layer, following in zip(self.layers, norms, strict=True):
             table = self.tables[layer.rope]
             x, residual = layer.forward(x, residual, following, table, self.batch)
+        if self.tap is not None:
+            self.tap(x)
         logits = _head(self.head, x if keep is None else x[keep], out)  # [B, V]
         if self.softcap:  # in place: logits of many rows are large
             logits.div_(self.softcap).tanh_().mul_(self.softcap)

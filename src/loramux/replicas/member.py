@@ -16,7 +16,14 @@ from loramux.errors import (
     LoramuxError,
 )
 from loramux.replicas.catalog import Entry, State
-from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, SamplingParams
+from loramux.types import (
+    AdapterRef,
+    AdapterStatus,
+    AdapterUse,
+    Delta,
+    PoolingParams,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +126,7 @@ class MemberEngine(AsyncEngine):
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
         for use in adapters:
