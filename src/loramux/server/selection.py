@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from loramux.errors import InvalidField, UnknownModel
+from loramux.server.pooling_protocol import PoolingBody
 from loramux.server.protocol import GenerationBody
 from loramux.server.state import ServerState
 from loramux.types import AdapterRef, AdapterUse
@@ -14,7 +15,9 @@ ADAPTERS_HEADER = "x-loramux-adapters"
 DIGEST_LENGTH = 12
 
 
-def select_adapters(state: ServerState, body: GenerationBody) -> tuple[AdapterUse, ...]:
+def select_adapters(
+    state: ServerState, body: GenerationBody | PoolingBody
+) -> tuple[AdapterUse, ...]:
     """`model` and `lora` as the engine wants them.
 
     `model` is the base model's name or an adapter's; `lora` goes with the base model only.
