@@ -17,8 +17,9 @@ if TYPE_CHECKING:
         RequestError,
         UnsupportedModel,
     )
-    from loramux.llm import LLM, CompletionOutput, LoRARequest, RequestOutput
-    from loramux.types import SamplingParams
+    from loramux.llm import LLM, CompletionOutput, RequestOutput
+    from loramux.offline_arguments import LoRARequest
+    from loramux.types import PoolingParams, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,9 @@ _HOMES = {
     "EngineConfig": "config",
     "LLM": "llm",
     "LoRAConfig": "config",
-    "LoRARequest": "llm",
+    "LoRARequest": "offline_arguments",
     "LoramuxError": "errors",
+    "PoolingParams": "types",
     "RequestError": "errors",
     "RequestOutput": "llm",
     "SamplingParams": "types",
@@ -47,6 +49,7 @@ __all__ = [
     "LoRAConfig",
     "LoRARequest",
     "LoramuxError",
+    "PoolingParams",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

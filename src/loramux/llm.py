@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -26,33 +26,30 @@ from loramux.engine.default_adapters import (
 )
 from loramux.engine.engine import Engine
 from loramux.engine.memory_table import show
+from loramux.engine.pooling_outputs import ClassificationRequestOutput, EmbeddingRequestOutput
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.models.loader import load_schema
+from loramux.offline_arguments import (
+    Encoded,
+    LoRA,
+    LoRARequest,
+    Params,
+    Prompt,
+    loras_of,
+    params_of,
+    prompts_of,
+    tokens_of,
+)
 from loramux.offline_media import OfflineMedia
-from loramux.types import AdapterUse, Delta, MediaPrompt, SamplingParams, TokenLogprob
-
-Prompt = str | Mapping[str, Any] | Sequence[int]
-Encoded = tuple[str | None, list[int] | MediaPrompt]  # the text, where there is one, and what runs
-
-
-@dataclass(frozen=True, slots=True)
-class LoRARequest:
-    """An adapter for a prompt: its name, the folder it is in, and how strongly it applies.
-
-    `lora_int_id` is accepted for vLLM's sake and plays no part: an adapter is its content. Those of
-    `default_mm_loras` have the names `~image`, `~audio`, `~video` and ids from 1 in alphabetical order.
-    """
-
-    lora_name: str
-    lora_int_id: int = 0
-    lora_path: str = ""
-    scale: float = 1.0
-    load_inplace: bool = False
-
-
-Entry = TypeVar("Entry")
-
-LoRA = LoRARequest | Sequence[LoRARequest] | None
+from loramux.types import (
+    AdapterUse,
+    Delta,
+    MediaPrompt,
+    PoolingOutput,
+    PoolingParams,
+    SamplingParams,
+    TokenLogprob,
+)
 
 
 @dataclass(slots=True)
@@ -91,6 +88,7 @@ class RequestOutput:
     finished: bool = False
     lora_request: LoRA = None
     num_cached_tokens: int = 0
+    pooled: PoolingOutput | None = field(default=None, repr=False)  # of a prompt that was pooled
 
 
 class LLM:
@@ -137,7 +135,7 @@ class LLM:
         model; None is the default adapters of the prompt's media, if any. Returns one RequestOutput a
         prompt, in order. Raises InvalidField, AdapterRejected and their like before anything runs.
         """
-        listed = _prompts(prompts)
+        listed = prompts_of(prompts)
         encoded = [self._encode(prompt) for prompt in listed]
         return self._run(encoded, sampling_params, lora_request, use_tqdm)
 
@@ -170,8 +168,36 @@ class LLM:
                 prompt = self.engine.media.render_chat(turns, media, **how)
             else:
                 prompt = self.engine.text.render_chat(turns, **how)
-            encoded.append((self.engine.text.decode(_tokens(prompt)), prompt))
+            encoded.append((self.engine.text.decode(tokens_of(prompt)), prompt))
         return self._run(encoded, sampling_params, lora_request, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = False,
+    ) -> list[EmbeddingRequestOutput]:
+        """The final hidden state of the last token of each prompt, of length 1 unless
+        `pooling_params` say otherwise. Prompts and adapters as for `generate`."""
+        params = pooling_params or PoolingParams(task="embed")
+        answered = self._pool(prompts, params, "embed", lora_request, use_tqdm)
+        return [EmbeddingRequestOutput.of(output) for output in answered]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = False,
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of each prompt, by the head that its adapter brings or else the model's. Prompts
+        and adapters as for `generate`; label counts may differ from prompt to prompt."""
+        params = pooling_params or PoolingParams(task="classify")
+        answered = self._pool(prompts, params, "classify", lora_request, use_tqdm)
+        return [ClassificationRequestOutput.of(output) for output in answered]
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Read an adapter ahead of its first use. Raises AdapterRejected with every reason."""
@@ -203,17 +229,33 @@ class LLM:
             return prompt["prompt"], self.engine.text.encode(prompt["prompt"])
         return None, list(prompt)
 
-    def _run(
+    def _pool(
         self,
-        encoded: list[Encoded],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams],
+        task: str,
         lora_request: LoRA | Sequence[LoRA],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _params(sampling_params, len(encoded))
+        tasks = {one.task for one in ([params] if isinstance(params, PoolingParams) else params)}
+        if tasks - {task}:
+            raise InvalidField(f"the task of pooling_params must be {task!r}", field="task")
+        encoded = [self._encode(prompt) for prompt in prompts_of(prompts)]
+        return self._run(encoded, params, lora_request, use_tqdm)
+
+    def _run(
+        self,
+        encoded: list[Encoded],
+        given: Params | Sequence[Params] | None,
+        lora_request: LoRA | Sequence[LoRA],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = params_of(given, len(encoded))
         loras = [
             self._by_default(prompt) if asked is None else asked
-            for (_, prompt), asked in zip(encoded, _loras(lora_request, len(encoded)), strict=True)
+            for (_, prompt), asked in zip(
+                encoded, loras_of(lora_request, len(encoded)), strict=True
+            )
         ]
         self._register([lora for composition in loras for lora in composition])
         outputs: dict[str, RequestOutput] = {}
@@ -236,12 +278,12 @@ class LLM:
         self,
         text: str | None,
         prompt: list[int] | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         composition: Sequence[LoRARequest],
     ) -> RequestOutput:
-        ids = _tokens(prompt)
+        ids = tokens_of(prompt)
         left = (self.config.max_model_len or 0) - len(ids)
-        if params.max_tokens is not None and 0 < left < params.max_tokens:
+        if isinstance(params, SamplingParams) and 0 < left < (params.max_tokens or 0):
             # Offline, as in vLLM, an answer ends where the context does.
             params = dataclasses.replace(
                 params, max_tokens=left, min_tokens=min(params.min_tokens, left)
@@ -251,7 +293,7 @@ class LLM:
         self.engine.submit(request_id, prompt, params, uses)
         lora: LoRA = composition[0] if len(composition) == 1 else (list(composition) or None)
         answers = [CompletionOutput(index=i, lora_request=lora) for i in range(params.n)]
-        if params.logprobs is not None:
+        if isinstance(params, SamplingParams) and params.logprobs is not None:
             for answer in answers:
                 answer.logprobs, answer.cumulative_logprob = [], 0.0
         return RequestOutput(request_id, text, ids, answers, lora_request=lora)
@@ -341,48 +383,5 @@ def _append(output: RequestOutput, delta: Delta) -> None:
     answer.finish_reason = delta.finish_reason
     answer.stop_reason = delta.stop_reason
     output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+    output.pooled = delta.pooled
     output.finished = all(a.finish_reason is not None for a in output.outputs)
-
-
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * count
-    return _one_each(list(given), count, "sampling_params")
-
-
-def _tokens(prompt: list[int] | MediaPrompt) -> list[int]:
-    return list(prompt.token_ids) if isinstance(prompt, MediaPrompt) else prompt
-
-
-def _loras(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRARequest] | None]:
-    """A composition for each prompt, None where none is named. With one prompt, a flat list is its
-    composition."""
-    if given is None or isinstance(given, LoRARequest):
-        return [_composition(given)] * count
-    entries = list(given)
-    nested = any(entry is None or not isinstance(entry, LoRARequest) for entry in entries)
-    if count == 1 and not nested:
-        return [_composition(entries)]  # type: ignore[arg-type]
-    return [_composition(entry) for entry in _one_each(entries, count, "lora_request")]
-
-
-def _composition(given: LoRA) -> Sequence[LoRARequest] | None:
-    if given is None:
-        return None
-    return [given] if isinstance(given, LoRARequest) else list(given)
-
-
-def _one_each(values: list[Entry], count: int, name: str) -> list[Entry]:
-    if len(values) != count:
-        raise InvalidField(f"{name} has {len(values)} entries for {count} prompts", field=name)
-    return values

@@ -64,6 +64,12 @@ class ModelSchema:
     aliases: dict[str, str] = field(default_factory=dict)
     """Names that adapters may use for modules, beside the model's own -> the model's own."""
 
+    hidden_size: int = 0
+    """D of the final hidden states, which classification heads multiply."""
+
+    labels: tuple[str, ...] = ()
+    """What the model's configuration calls its labels."""
+
     @property
     def elements_per_row(self) -> int:
         """What one rank row costs over all modules: A [in] and B [out] of each."""

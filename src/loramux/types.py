@@ -6,6 +6,7 @@ Knows nothing of torch, tokenizers or HTTP.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -27,7 +28,8 @@ class AdapterRef:
 
     `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
     `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
-    `adapts_encoder` says that it has weights for a tower or connector of a multimodal model.
+    `adapts_encoder` says that it has weights for a tower or connector of a multimodal model, `labels`
+    what its classification head tells apart; () if it has none.
     """
 
     name: str
@@ -36,6 +38,7 @@ class AdapterRef:
     max_r: int
     num_bytes: int
     adapts_encoder: bool = False
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,56 @@ class SamplingParams:
         return replace(self, max_tokens=max_tokens)
 
 
+PoolingTask = Literal["embed", "classify"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolingParams:
+    """What is made of a prompt that nothing is generated for; names follow vLLM's.
+
+    "embed": the final hidden state of its last token, cut to its first `dimensions`, then of length 1
+    with `normalize`. "classify": what the classification head makes of it, as probabilities with
+    `use_activation`, else the logits. Raises `InvalidField` naming the first field that is wrong.
+    """
+
+    task: PoolingTask = "embed"
+    normalize: bool = True
+    dimensions: int | None = None  # None: all
+    use_activation: bool = True
+
+    def __post_init__(self) -> None:
+        if self.task not in ("embed", "classify"):
+            raise InvalidField(
+                f"the task {self.task!r} is not served", field="task", remedy="embed or classify"
+            )
+        if self.dimensions is not None and (self.task != "embed" or self.dimensions < 1):
+            raise InvalidField(
+                "dimensions must be at least 1, and is for embeddings", field="dimensions"
+            )
+
+    @property
+    def n(self) -> int:
+        """Answers of a prompt, as `SamplingParams` has it."""
+        return 1
+
+
+NOTHING_SAMPLED = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+"""Of a request that is pooled."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingOutput:
+    """An embedding; or a value for each of `labels`. `values` are 32-bit floats."""
+
+    values: array[float]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The likeliest."""
+        return self.labels[max(range(len(self.labels)), key=self.values.__getitem__)]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability (nats, of the model's own distribution) and vocabulary rank (1 = likeliest)."""
@@ -190,6 +243,7 @@ class Delta:
     stop_reason: int | str | None = None
     error: LoramuxError | None = None
     num_cached_tokens: int = 0
+    pooled: PoolingOutput | None = None
 
     @property
     def finished(self) -> bool:
@@ -240,6 +294,7 @@ class Request:
     adapters: tuple[tuple[AdapterRef, float], ...] = ()
     arrival_s: float = 0.0
     media: MediaPrompt | None = None  # None: text alone
+    pooling: PoolingParams | None = None  # None: tokens are generated
 
     @property
     def composition(self) -> Composition:

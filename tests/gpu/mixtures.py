@@ -77,13 +77,13 @@ def make_world(root: Path, family: str, count: int) -> World:
         f"x{i}": save_adapter(model, root / f"x{i}", seed=i + 1, **SETTINGS[i % len(SETTINGS)])
         for i in range(count)
     }
-    _round_weights(model, MODEL_FACTOR)
+    round_weights(model, MODEL_FACTOR)
     for folder in adapters.values():
-        _round_weights(folder, ADAPTER_FACTOR)
+        round_weights(folder, ADAPTER_FACTOR)
     return World(model, adapters, Oracle(model, adapters))
 
 
-def _round_weights(folder: Path, factor: float) -> None:
+def round_weights(folder: Path, factor: float) -> None:
     from safetensors.torch import load_file, save_file
 
     for path in folder.glob("*.safetensors"):

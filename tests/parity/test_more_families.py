@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from loramux import LLM, LoRARequest, SamplingParams
+from loramux import LLM, LoRARequest, PoolingParams, SamplingParams
 from loramux.errors import UnsupportedModel
 from tiny import COMMON, tokenizer
 
@@ -92,6 +92,13 @@ def _expected(model: PreTrainedModel | PeftModel) -> list[list[int]]:
     return answers
 
 
+@torch.no_grad()
+def _hidden(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The final hidden state [D] of each prompt's last token."""
+    ids = [torch.tensor([prompt]) for prompt in PROMPTS]
+    return [model.base_model(input_ids=one).last_hidden_state[0, -1] for one in ids]
+
+
 def _open(folder: Path) -> LLM:
     settings = {"device": "cpu", "dtype": "float32", "max_lora_rank": 8}
     return LLM(str(folder), enable_lora=True, **settings)
@@ -100,14 +107,22 @@ def _open(folder: Path) -> LLM:
 @pytest.mark.parametrize("family", sorted(SERVED))
 def test_adapters_on_all_linears_beside_the_base(tmp_path: Path, family: str) -> None:
     model = _save(tmp_path / "model", family, SERVED[family])
-    expected = _expected(model)
+    expected, hidden = _expected(model), _hidden(model)
     settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
     adapted = get_peft_model(model, LoraConfig(**settings)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     lora = LoRARequest("all", 1, str(tmp_path / "adapter"))
     with _open(tmp_path / "model") as llm:
         out = llm.generate(PROMPTS * 2, GREEDY, lora_request=[None, None, lora, lora])
+        pooled = llm.embed(
+            PROMPTS * 2,
+            pooling_params=PoolingParams(normalize=False),
+            lora_request=[None, None, lora, lora],
+        )
     assert [o.outputs[0].token_ids for o in out] == expected + _expected(adapted)
+    got = torch.tensor([o.outputs.embedding for o in pooled])  # [2 prompts * 2, D]
+    wanted = torch.stack([*hidden, *_hidden(adapted.base_model.model)])
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("family", sorted(BASE_ALONE))

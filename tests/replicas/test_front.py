@@ -78,6 +78,8 @@ class Fleet:
         ("POST", "/v1/completions", {**PROMPT, "model": "nobody"}),
         ("POST", "/v1/completions", {**PROMPT, "suffix": "x"}),
         ("POST", "/v1/chat/completions", {"model": BASE, "messages": []}),
+        ("POST", "/v1/embeddings", {"model": BASE, "input": ["a", "b"], "request_id": "x"}),
+        ("POST", "/classify", {"model": "alpha", "input": "a", "request_id": "x"}),
         ("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x"}),
         ("GET", "/v1/models", None),
         ("GET", "/v1/models/nobody", None),
@@ -226,7 +228,8 @@ def test_a_dead_engine_says_nothing_in_place_of_an_answer(begun: bool) -> None:
     ],
 )
 def test_adapters_of_a_body(body: Any, members: tuple[str, ...]) -> None:
-    assert adapters_of("/v1/completions", json.dumps(body).encode(), {BASE}) == members
+    for path in ("/v1/completions", "/v1/embeddings", "/classify", "/v1/classify"):
+        assert adapters_of(path, json.dumps(body).encode(), {BASE}) == members
     assert adapters_of("/v1/models", json.dumps(body).encode(), {BASE}) == ()
 
 

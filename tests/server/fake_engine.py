@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import os
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from loramux.types import (
     EngineStats,
     MediaItem,
     MediaPrompt,
+    PoolingOutput,
+    PoolingParams,
     SamplingParams,
     TokenLogprob,
     TokenLogprobs,
@@ -82,7 +85,9 @@ class FakeEngine:
         self.fail_at: int | None = None
         self.fail_with: LoramuxError | None = None
         self.refuse_with: Exception | None = None
-        self.seen: list[tuple[SamplingParams, tuple[AdapterUse, ...], list[int]]] = []
+        self.seen: list[
+            tuple[SamplingParams | PoolingParams, tuple[AdapterUse, ...], list[int]]
+        ] = []
         self.seen_media: list[tuple[MediaItem, ...]] = []
         self.request_ids: list[str] = []
         self.running = 0
@@ -160,7 +165,7 @@ class FakeEngine:
         self,
         request_id: str,
         prompt: Sequence[int] | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
         items: tuple[MediaItem, ...] = ()
@@ -169,6 +174,9 @@ class FakeEngine:
             prompt_token_ids, items = prompt.token_ids, prompt.items
         self._admit(request_id, prompt_token_ids, params, adapters)
         self.seen_media.append(items)
+        if isinstance(params, PoolingParams):
+            yield await self._pool(request_id, prompt_token_ids, params)
+            return
         who = "+".join(f"{use.name}*{use.scale:g}" for use in adapters) or "base"
         text = "".join(chr(t) for t in prompt_token_ids if t != SPECIAL)
         answers = [f"<{who}> {index} {text[::-1]}" for index in range(params.n)]
@@ -193,11 +201,29 @@ class FakeEngine:
         finally:
             self.running -= 1
 
+    async def _pool(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: PoolingParams
+    ) -> Delta:
+        """The embedding of a prompt is its tokens; it has as many classes."""
+        self.running += 1
+        try:
+            if (error := await self._tick(0)) is not None:
+                return Delta(request_id, 0, finish_reason="error", error=error)
+            values = array("f", [token / 3 for token in prompt_token_ids[: params.dimensions]])
+            labels = tuple(f"is-{chr(token)}" for token in prompt_token_ids)
+            pooled = PoolingOutput(values, labels if params.task == "classify" else ())
+            return Delta(request_id, 0, finish_reason="stop", pooled=pooled, num_cached_tokens=1)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
     def _admit(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse],
     ) -> None:
         if self.stopping or self.failure:

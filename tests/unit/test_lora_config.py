@@ -27,6 +27,7 @@ DEFAULTS = {
     "specialize_active_lora": False,
     "enable_mixed_moe_lora_format": False,
     "enable_moe_shared_loras": False,
+    "max_lora_cls_labels": None,
 }
 CHANGED = {
     "max_lora_rank": 17,
@@ -41,6 +42,7 @@ CHANGED = {
     "specialize_active_lora": True,
     "enable_mixed_moe_lora_format": True,
     "enable_moe_shared_loras": True,
+    "max_lora_cls_labels": 5,
 }
 FACTS = ModelFacts("bfloat16", "cpu", 512, 1024, 1 << 30)
 

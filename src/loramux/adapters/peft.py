@@ -7,8 +7,9 @@ data types first, bytes last.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from loramux.adapters.header import (
     group,
     read_header,
 )
+from loramux.adapters.heads import HeadBinding, bind_head, split_heads
 from loramux.adapters.host_cache import HostMemory
 from loramux.adapters.linears import bind_linears, forgotten_linears, linear_named, unbound
 from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
@@ -50,6 +52,7 @@ class _Bindings:
 
     linears: list[Binding]
     experts: list[ExpertBinding]
+    head: HeadBinding | None = None
 
     def __iter__(self) -> Iterator[Binding]:
         yield from self.linears
@@ -62,7 +65,8 @@ class _Bindings:
 
     def tensors(self) -> dict[str, FileTensor]:
         """By key."""
-        return {t.key: t for binding in self for t in (binding.a, binding.b)}
+        found = {t.key: t for binding in self for t in (binding.a, binding.b)}
+        return found | {t.key: t for t in (self.head.tensors if self.head else ())}
 
 
 def read_adapter(
@@ -94,7 +98,10 @@ def read_adapter(
     bindings = _Bindings([], [])
     if peft_config is not None and not file_reasons:
         try:
+            heads, tensors = split_heads(tensors)
             bindings, bind_reasons = _bind(peft_config, tensors, schema, config)
+            head, head_reasons = bind_head(heads, peft_config, schema, config, folder)
+            bindings, bind_reasons = replace(bindings, head=head), bind_reasons + head_reasons
         except TimeoutError:
             bind_reasons = ["a pattern of adapter_config.json takes too long to match"]
         reasons += bind_reasons
@@ -113,10 +120,11 @@ def read_adapter(
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
         name=name,
-        digest=_digest(canonical, buffer, rows, stored),
+        digest=_digest(canonical, buffer, bindings, stored),
         source=str(folder),
         max_r=max(row.r for row in rows),
         num_bytes=_num_elements(layout) * dtype.itemsize,
+        labels=bindings.head.labels if bindings.head else (),
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
 
@@ -136,6 +144,7 @@ def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> Bin
         rows=tuple(rows),
         num_modules=len(bound),
         unadapted=tuple(m for m in schema.modules if m not in bound),
+        labels=ref.labels,
     )
 
 
@@ -144,7 +153,7 @@ def _bind(
 ) -> tuple[_Bindings, list[str]]:
     """Give each tensor its module; every tensor that finds none is a reason."""
     if not tensors:
-        reason = f"{WEIGHTS_NAME} holds no tensor: the adapter would do nothing"
+        reason = f"{WEIGHTS_NAME} holds no tensor of LoRA: the adapter would do nothing"
         return _Bindings([], []), [reason]
     modules, reasons = group(sorted(tensors, key=lambda t: t.key))
     names, experts = ExpertNames(schema), ExpertModules()
@@ -200,7 +209,9 @@ def _lay_out(bindings: _Bindings) -> tuple[Layout, dict[str, Stored]]:
         binding.module: StoredPair(stored[binding.a.key], stored[binding.b.key], binding.scale)
         for binding in sorted(bindings.linears, key=lambda binding: binding.module)
     }
-    return Layout(pairs, tuple(runs), stored_experts(bindings.experts, stored)), stored
+    experts = stored_experts(bindings.experts, stored)
+    head = bindings.head.stored(stored) if bindings.head else None
+    return Layout(pairs, tuple(runs), experts, head), stored
 
 
 def _num_elements(layout: Layout) -> int:
@@ -254,13 +265,15 @@ def _complaint(values: torch.Tensor, dtype: torch.dtype) -> str:
 
 
 def _digest(
-    canonical: bytes, buffer: torch.Tensor, rows: list[BindingRow], stored: Mapping[str, Stored]
+    canonical: bytes, buffer: torch.Tensor, bindings: _Bindings, stored: Mapping[str, Stored]
 ) -> str:
     """SHA-256 over the configuration and the names, types, shapes and stored bytes of the tensors."""
     digest = hashlib.sha256(canonical)
     data = buffer.numpy().data
-    for row in {row.tensor: row for row in rows}.values():
-        place = stored[row.tensor]
-        digest.update(f"{row.tensor}|{row.dtype}|{row.shape}".encode())
+    for key, tensor in sorted(bindings.tensors().items()):
+        place = stored[key]
+        digest.update(f"{key}|{tensor.dtype}|{tensor.shape}".encode())
         digest.update(data[place.offset : place.offset + place.num_bytes])
+    if bindings.head:
+        digest.update(json.dumps(bindings.head.labels).encode())
     return digest.hexdigest()

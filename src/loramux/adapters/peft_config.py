@@ -54,12 +54,16 @@ HARMLESS = {
     "megatron_core",
 }
 
+# Names of the classification heads that PEFT saves beside LoRA for task_type SEQ_CLS.
+HEAD_NAMES = ("score", "classifier")
+
 # Keys that we refuse when set: why, in the user's words.
 REFUSED = {
     "use_dora": "DoRA is not served yet",
     "bias": "trained biases are not served yet",
     "lora_bias": "a bias on lora_B is not served yet",
-    "modules_to_save": "fully trained modules are not served yet",
+    "modules_to_save": "fully trained modules are not served yet, but for the classification "
+    "head (score or classifier) of task_type SEQ_CLS",
     "trainable_token_indices": "trained token embeddings are not served yet",
     "alora_invocation_tokens": "activated LoRA is not served yet",
     "layer_replication": "layer replication changes the base model and cannot share it",
@@ -89,6 +93,7 @@ class PeftConfig:
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     matcher: Matcher
+    saved_heads: tuple[str, ...] = ()  # names of classification heads in modules_to_save
 
     @property
     def targets_all_linear(self) -> bool:
@@ -181,6 +186,8 @@ def _unserved(data: dict[str, Any]) -> list[str]:
         off = value in (None, False, "", "none") or value == [] or value == {}
         if off or key in SUPPORTED or key in HARMLESS:
             continue
+        if key == "modules_to_save" and _saved_heads(data):
+            continue
         reason = REFUSED.get(key, "this setting is unknown to loramux")
         reasons.append(f"{key}={value!r}: {reason}"[:300])
     init = data.get("init_lora_weights", True)
@@ -190,6 +197,14 @@ def _unserved(data: dict[str, Any]) -> list[str]:
             "path_initial_model_for_weight_conversion to get an ordinary one"
         )
     return reasons
+
+
+def _saved_heads(data: dict[str, Any]) -> tuple[str, ...]:
+    """`modules_to_save` where it is a classification head and nothing else, else nothing."""
+    names = data.get("modules_to_save")
+    if str(data.get("task_type")).upper() != "SEQ_CLS" or not isinstance(names, list):
+        return ()
+    return tuple(names) if all(name in HEAD_NAMES for name in names) else ()
 
 
 def _is_int(value: Any) -> bool:
@@ -280,6 +295,7 @@ def _build(data: dict[str, Any]) -> PeftConfig:
         layers_to_transform=tuple(layers) if layers else None,
         layers_pattern=_listed(data.get("layers_pattern")),
         matcher=matcher,
+        saved_heads=_saved_heads(data),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loramux.errors import AdapterExists, AdapterNotFound, UnknownModel
 from loramux.types import AdapterRef, AdapterUse
@@ -113,11 +113,7 @@ class Registry:
             if digest is None:
                 return None
             ref = self._versions[digest].ref
-            return (
-                ref
-                if ref.name == name
-                else AdapterRef(name, digest, ref.source, ref.max_r, ref.num_bytes)
-            )
+            return ref if ref.name == name else replace(ref, name=name)
 
     def names(self) -> list[str]:
         with self._lock:

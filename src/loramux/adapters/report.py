@@ -53,6 +53,7 @@ class BindingReport:
     rows: tuple[BindingRow, ...]
     num_modules: int
     unadapted: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # of its classification head
 
     @property
     def max_r(self) -> int:
@@ -77,6 +78,8 @@ class BindingReport:
             f"largest r {self.max_r}, digest {self.digest[:12]}; {len(self.unadapted)} linear "
             "modules are left as in the base model"
         )
+        if self.labels:
+            lines.append(f"a classification head of {len(self.labels)}: {', '.join(self.labels)}")
         return "\n".join(lines)
 
 

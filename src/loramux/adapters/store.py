@@ -22,12 +22,13 @@ from functools import partial
 import torch
 
 from loramux.adapters.files import CORES_A_COPIER, cores
+from loramux.adapters.heads import Head, head_of
 from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
 from loramux.adapters.weights import AdapterSource, AdapterWeights
 from loramux.config import LoRAConfig
-from loramux.errors import AdapterLoadFailed, LoramuxError
+from loramux.errors import AdapterLoadFailed, AdapterRejected, LoramuxError
 from loramux.schema import ModelSchema
 from loramux.types import AdapterRef, AdapterStatus
 
@@ -51,6 +52,7 @@ class _Staged:
     """An adapter that was read and is not served yet; `claim` holds its name."""
 
     weights: AdapterWeights
+    head: Head | None
     load_s: float
     claim: contextlib.ExitStack
 
@@ -71,11 +73,15 @@ class AdapterStore:
         reserved_names: list[str],
         on_gone: Callable[[str], None],
         rehearse: Callable[[AdapterWeights], None] = lambda weights: None,
+        head_dtype: torch.dtype | None = None,
     ):
-        """`rehearse` raises when the device could not take a new adapter."""
+        """`rehearse` raises when the device could not take a new adapter. `head_dtype` is the model's;
+        None: the same as the adapters' `dtype`."""
         self._schema = schema
         self._config = config
         self._dtype = dtype
+        self._head_dtype = head_dtype or dtype
+        self._heads: dict[str, Head] = {}  # by digest
         self._on_gone = on_gone
         self._rehearse = rehearse
         self.host = HostCache[AdapterWeights](config.host_capacity)
@@ -110,10 +116,11 @@ class AdapterStore:
             claim.enter_context(self.registry.loading(name, replace=replace))
             start = time.perf_counter()
             weights = self._checker.submit(self._read, name, path).result()
+            head = self._head_of(weights)
             with self._rehearsing:
                 self._rehearse(weights)
             load_s = time.perf_counter() - start
-            self._staged[name] = _Staged(weights, load_s, claim.pop_all())
+            self._staged[name] = _Staged(weights, head, load_s, claim.pop_all())
         return weights.ref
 
     def staged(self, name: str) -> AdapterRef | None:
@@ -126,7 +133,9 @@ class AdapterStore:
         with staged.claim:
             self.host.put(staged.weights.ref.digest, staged.weights)
             self._sources[staged.weights.ref.digest] = staged.weights.source
+            self._keep(staged)
             ref = self.registry.publish(staged.weights.ref, staged.load_s)
+            self._keep(staged)  # an equal version may have gone while this one came
         self._report(ref, staged.load_s)
         return ref
 
@@ -138,6 +147,10 @@ class AdapterStore:
     def remove(self, name: str) -> AdapterRef:
         """Stop serving `name`; see `Registry.remove`."""
         return self.registry.remove(name)
+
+    def head(self, digest: str) -> Head | None:
+        """The classification head of a version that is served or has users, if it has one."""
+        return self._heads.get(digest)
 
     def fetch(self, ref: AdapterRef) -> Future[AdapterWeights]:
         """The weights of exactly this version. The future fails with AdapterLoadFailed when the
@@ -173,6 +186,17 @@ class AdapterStore:
         self.reads += 1
         weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype, self._memory)
         return weights
+
+    def _head_of(self, weights: AdapterWeights) -> Head | None:
+        head = head_of(weights, self._head_dtype)
+        if head is not None and not head.is_finite:
+            reason = f"its classification head overflows in the model's {self._head_dtype}"
+            raise AdapterRejected(weights.ref.name, [reason])
+        return head
+
+    def _keep(self, staged: _Staged) -> None:
+        if staged.head is not None:
+            self._heads[staged.weights.ref.digest] = staged.head
 
     def _read_again(self, ref: AdapterRef) -> AdapterWeights | None:
         """The weights without checking them, if the files are those that were checked."""
@@ -218,4 +242,5 @@ class AdapterStore:
     def _gone(self, digest: str) -> None:
         self.host.drop(digest)
         self._sources.pop(digest, None)
+        self._heads.pop(digest, None)
         self._on_gone(digest)

@@ -130,12 +130,23 @@ class StoredExperts:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredHead:
+    """A classification head: `weight` [labels, D], `bias` [1, labels] if it has one, and the names of
+    its labels."""
+
+    weight: Stored
+    bias: Stored | None
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What stands where. `runs` are (offset in the file, offset in the buffer, bytes); one is usual."""
 
     pairs: dict[str, StoredPair]
     runs: tuple[tuple[int, int, int], ...]
     experts: dict[str, StoredExperts] = field(default_factory=dict)
+    head: StoredHead | None = None
 
     @property
     def num_bytes(self) -> int:

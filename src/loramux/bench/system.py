@@ -57,7 +57,7 @@ class Ours:
         self._more: dict[str, Any] = {"detokenize": False} if "detokenize" in names else {}
 
     def register(self, adapters: Sequence[str]) -> None:
-        from loramux.llm import LoRARequest
+        from loramux.offline_arguments import LoRARequest
 
         for i, path in enumerate(adapters):
             self._llm.add_lora(LoRARequest(_name(i), i + 1, path))

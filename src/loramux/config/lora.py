@@ -34,6 +34,7 @@ HASHED_FIELDS = (
     "specialize_active_lora",
     "enable_mixed_moe_lora_format",
     "enable_moe_shared_loras",
+    "max_lora_cls_labels",
 )
 
 # Fields that do not: where weights wait on the host, and which adapter a request gets by default.
@@ -117,6 +118,10 @@ class LoRAConfig(BaseModel):
     enable_moe_shared_loras: bool = False
     """Serve, beside the layout natural to the model, adapters whose experts share a factor: one A for
     gate and up of all experts, one B for down."""
+
+    max_lora_cls_labels: int | None = Field(default=None, ge=1)
+    """Most labels of an adapter's own classification head; one with more is refused. Heads are not
+    padded to it: each takes what it needs, in host memory. None: any number."""
 
     @field_validator("lora_dtype", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
 from loramux.engine.cpu_work import lora_step
+from loramux.engine.hidden import pooling
 from loramux.engine.plan import (
     PENDING,
     AdapterLoad,
@@ -38,14 +39,15 @@ class CpuRunner(Runner):
     def launch(self, plan: StepPlan) -> Finished:
         self._fill_batch(plan)
         try:
-            logits = self._forward(plan.rows)  # [B, V]
+            with pooling(self.attached, plan.rows, plan.pooled) as pooled:
+                logits = self._forward(plan.rows)  # [B, V]
         finally:
             self.attached.batch.clear()
         rows = [row for row in plan.rows if row.sample is not None]
         chosen = self._choose(rows, logits)
         result = {row.sequence_id: s for row, s in zip(rows, chosen, strict=True)}
         self._chosen = {sequence: s.token_id for sequence, s in result.items()}
-        return Finished(StepResult(result))
+        return Finished(StepResult(result, pooled.read()))
 
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         self._rank_rows[load.first_row] = load.ref.max_r

@@ -24,6 +24,7 @@ import torch
 
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig, plan_memory
+from loramux.engine.admission import Admission
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.collector import settle
 from loramux.engine.devices import make_runner
@@ -33,11 +34,11 @@ from loramux.engine.loads import AdapterLoads
 from loramux.engine.media_prompts import MediaPrompts
 from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
+from loramux.engine.pooling import Pooler, PoolingModel
 from loramux.engine.runner import Running
 from loramux.engine.scheduler import make_scheduler
 from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
-from loramux.engine.validation import validate_request
 from loramux.errors import EngineError, EngineStopped, InvalidField, LoramuxError, Overloaded
 from loramux.models.text import TextProcessor
 from loramux.schema import ModelSchema
@@ -48,6 +49,7 @@ from loramux.types import (
     Delta,
     EngineStats,
     MediaPrompt,
+    PoolingParams,
     Request,
     SamplingParams,
 )
@@ -88,11 +90,13 @@ class Engine:
             config.tokenizer or config.model, config.revision, config.chat_template
         )
         self.media = MediaPrompts()
-        self.vocab_size = loaded.vocab_size
         self.runner = started.runner
         self.inbox = Inbox()
         self.store = self._make_store(loaded.attached.schema)
         self.loads = self._make_loads()
+        model = PoolingModel.of(loaded)
+        self.admission = Admission(self.config, self.store, loaded.vocab_size, model)
+        self.pooler = Pooler(model, self.store)
         self.scheduler = make_scheduler(self.config, self.runner.num_blocks, started.facts.encoder)
         eos = loaded.eos_token_ids | {i for i in [self.text.eos_token_id] if i is not None}
         assert self.config.max_model_len is not None
@@ -117,10 +121,10 @@ class Engine:
         self,
         request_id: str,
         prompt: Sequence[int] | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> None:
-        """Queue a request; its Deltas come out of `step`.
+        """Queue a request; its Deltas come out of `step`, one whole one where it is pooled.
 
         Raises a RequestError when it cannot be served, Overloaded when the queue is full and
         EngineStopped after `stop`.
@@ -130,14 +134,10 @@ class Engine:
         if len(self._open) >= self.config.max_queue_len + self.config.max_num_seqs:
             raise Overloaded("too many requests are waiting")
         token_ids, media = self.media.split(prompt)
-        params = validate_request(
-            token_ids, params, self.config.max_model_len or 0, self.vocab_size
-        )
-        acquired = self._acquire(adapters)
-        request = Request(request_id, token_ids, params, acquired, time.monotonic(), media)
+        request = self.admission.admit(request_id, token_ids, params, adapters, media)
         with self._open_lock:
             if request_id in self._open:
-                self._release(request)
+                self.admission.release(request.adapters)
                 raise InvalidField(f"request id {request_id!r} is in use", field="request_id")
             opened = _Open(request, answers_of(request, self._seeds, self._ids), params.n)
             self._open[request_id] = opened
@@ -146,24 +146,6 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """End a request early; nothing more comes out for it."""
         self.inbox.post(partial(self._cancel, request_id))
-
-    def _acquire(self, uses: Sequence[AdapterUse]) -> tuple[tuple[AdapterRef, float], ...]:
-        if not uses:
-            return ()
-        if self.store is None or self.config.lora is None:
-            raise InvalidField(
-                "this engine serves no adapters", field="lora", remedy="start it with enable_lora"
-            )
-        acquired = self.store.registry.acquire(uses)
-        distinct = {ref.digest for ref, _ in acquired}
-        if len(distinct) > self.config.lora.max_loras:
-            self.store.registry.release([ref.digest for ref, _ in acquired])
-            raise InvalidField(
-                f"{len(distinct)} adapters in one request are more than max_loras "
-                f"({self.config.lora.max_loras})",
-                field="lora",
-            )
-        return acquired
 
     # --- adapters, from any thread -------------------------------------------------------------
 
@@ -288,6 +270,7 @@ class Engine:
             reserved_names=self.config.model_names,
             on_gone=lambda digest: self.inbox.post(partial(self._gone, digest)),
             rehearse=self.runner.rehearse,
+            head_dtype=self.runner.attached.model.dtype,
         )
 
     def _make_loads(self) -> AdapterLoads | None:
@@ -380,6 +363,10 @@ class Engine:
             self._out.append(delta)
             if delta.finish_reason is not None:
                 self._finish(answer, delta.finish_reason)
+        if result.hidden:
+            for answer, delta in self.pooler.answer(self.scheduler.alive_in(plan), result):
+                self._out.append(delta)
+                self._finish(answer, delta.finish_reason or "stop")
 
     def _end(self, answer: Answer, error: LoramuxError) -> None:
         """Finish an answer with an error that its client sees."""
@@ -398,11 +385,7 @@ class Engine:
         if opened.remaining == 0:
             with self._open_lock:
                 del self._open[request_id]
-            self._release(opened.request)
-
-    def _release(self, request: Request) -> None:
-        if self.store is not None and request.adapters:
-            self.store.registry.release([ref.digest for ref, _ in request.adapters])
+            self.admission.release(opened.request.adapters)
 
     # --- adapters, on the loop's thread --------------------------------------------------------
 

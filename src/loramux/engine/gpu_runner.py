@@ -22,6 +22,7 @@ from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import Lists, attention_batch, make_planner
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
 from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
+from loramux.engine.hidden import pooling
 from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import (
@@ -95,13 +96,18 @@ class GpuRunner(Runner):
         runs = runs_of(rows)
         choice = self._choose_lora(runs, plan.num_tokens)
         singles = single_tokens(rows, self.block_size, self._limits)
-        captured = None if singles is None else self._find_graph(singles, runs, choice)
+        captured = None
+        if singles is not None and not plan.pooled:
+            captured = self._find_graph(singles, runs, choice)
         if singles is not None and captured is not None:
             output = self._replay(singles, *captured, choice)
-        else:
-            rows = decodes_first(rows)
+            return self._choose_tokens(rows, output)
+        rows = decodes_first(rows)
+        with pooling(self.attached, rows, plan.pooled) as pooled:
             output = self._run_eagerly(rows, choice)
-        return self._choose_tokens(rows, output)
+        running = self._choose_tokens(rows, output)
+        running.pooled = pooled
+        return running
 
     @torch.inference_mode()
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:

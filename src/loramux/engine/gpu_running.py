@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from loramux.engine.hidden import Pooled
 from loramux.engine.plan import Row, StepResult
 from loramux.engine.sampler import Choice
 
@@ -16,13 +17,14 @@ class GpuRunning:
 
     rows: list[Row]
     choice: Choice | None  # of rank 0
+    pooled: Pooled = field(default_factory=Pooled)
 
     def read(self) -> StepResult:
         """Wait for this step, and for no other. On rank 0."""
         assert self.choice is not None
         sampled = self.choice.read()
         ids = (row.sequence_id for row in self.rows)
-        return StepResult(dict(zip(ids, sampled, strict=True)))
+        return StepResult(dict(zip(ids, sampled, strict=True)), self.pooled.read())
 
 
 def event_behind_all() -> torch.cuda.Event:

@@ -82,11 +82,13 @@ class Row:
 class StepPlan:
     """One step. Rows with equal members are neighbours; base rows come first.
 
-    Before it the encoder's vectors of `forget` are given up and those of `encode` made."""
+    Before it the encoder's vectors of `forget` are given up and those of `encode` made. `pooled` are the
+    sequences whose prompt ends in this step and that want its last hidden state."""
 
     rows: tuple[Row, ...]
     encode: tuple[Encode, ...] = ()
     forget: tuple[str, ...] = ()
+    pooled: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +108,7 @@ class StepPlan:
             ),
             self.encode,
             self.forget,
+            self.pooled,
         )
 
 
@@ -127,8 +130,10 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """sequence id -> chosen token, for the rows that had a `sample`; and why media of the plan could
-    not be encoded, by their keys: rows with these have computed nothing of use."""
+    """sequence id -> chosen token, for the rows that had a `sample`; and -> final hidden state, a
+    float32 tensor [D] on the host, for those in `StepPlan.pooled`. `not_encoded` says why media of the
+    plan could not be encoded, by their keys: rows with these have computed nothing of use."""
 
     sampled: dict[int, Sampled]
+    hidden: dict[int, Any] = field(default_factory=dict)
     not_encoded: Mapping[str, Exception] = field(default_factory=dict)

@@ -22,7 +22,7 @@ def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:
         start=start,
         block_table=sequence.block_table,
         members=sequence.members,
-        sample=_sample_spec(sequence) if end == sequence.length else None,
+        sample=_sample_spec(sequence) if end == sequence.length and not sequence.pools else None,
         shift=sequence.shift,
         media=row_media(sequence, start, end, see_whole) if sequence.items else None,
     )

@@ -143,7 +143,7 @@ class Scheduler:
         see_whole = self.limits.see_whole
         rows = [make_row(s, count, see_whole=see_whole) for s, count in scheduled.items()]
         rows.sort(key=_by_members)
-        return StepPlan(tuple(rows), *self.media.finish(rows))
+        return StepPlan(tuple(rows), *self.media.finish(rows), _pooled(scheduled))
 
     def launched(self, plan: StepPlan) -> None:
         """The plan is on its way: what is planned from now on comes after it."""
@@ -355,6 +355,12 @@ class Scheduler:
             return True
         turn = max(1.0, len(self.running) / FEW) * self.limits.adapter_patience_s
         return now - running.admitted_at >= turn
+
+
+def _pooled(scheduled: dict[Sequence, int]) -> tuple[int, ...]:
+    """Those that end with the tokens they have been given."""
+    ending = (s for s, n in scheduled.items() if s.pools and s.num_computed + n == s.length)
+    return tuple(sequence.sequence_id for sequence in ending)
 
 
 def _by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:

@@ -67,6 +67,11 @@ class Sequence:
         return tuple(m for m in self.composition if self.refs[m[0]].adapts_encoder)
 
     @property
+    def pools(self) -> bool:
+        """Whether nothing is generated: it ends with its prompt."""
+        return self.request.pooling is not None
+
+    @property
     def num_tokens(self) -> int:
         """Tokens whose values are known."""
         return len(self.tokens)

@@ -25,6 +25,7 @@ from loramux.types import (
     Delta,
     EngineStats,
     MediaPrompt,
+    PoolingParams,
     SamplingParams,
 )
 
@@ -156,10 +157,11 @@ class AsyncEngine:
         self,
         request_id: str,
         prompt: Sequence[int] | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
-        """Deltas of all n answers. Leaving the iterator early cancels the request.
+        """Deltas of all n answers, or the one of a prompt that is pooled. Leaving the iterator early
+        cancels the request.
 
         Raises RequestError, Overloaded or EngineStopped before the first Delta; later faults come
         as a Delta with an error.

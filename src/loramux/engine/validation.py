@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loramux.errors import InvalidField, PromptTooLong
-from loramux.types import SamplingParams
+from loramux.types import PoolingParams, SamplingParams
 
 
 def validate_request(
@@ -15,14 +15,8 @@ def validate_request(
 
     Raises InvalidField or PromptTooLong.
     """
+    _check_prompt(prompt_token_ids, vocab_size)
     length = len(prompt_token_ids)
-    if length == 0:
-        raise InvalidField("the prompt is empty", field="prompt")
-    bad = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
-    if bad is not None:
-        raise InvalidField(
-            f"token id {bad} is outside the vocabulary of {vocab_size}", field="prompt"
-        )
     if length >= max_model_len:
         raise PromptTooLong(
             f"the prompt has {length} tokens, and the context of {max_model_len} must also hold the "
@@ -49,3 +43,34 @@ def validate_request(
             field="max_tokens",
         )
     return params
+
+
+def validate_pooling(
+    prompt_token_ids: Sequence[int],
+    params: PoolingParams,
+    max_model_len: int,
+    vocab_size: int,
+    hidden_size: int,
+) -> None:
+    """Check a request that is pooled. Raises InvalidField or PromptTooLong."""
+    _check_prompt(prompt_token_ids, vocab_size)
+    length = len(prompt_token_ids)
+    if length > max_model_len:
+        raise PromptTooLong(
+            f"the input has {length} tokens, and the context is {max_model_len}", field="prompt"
+        )
+    if params.dimensions is not None and params.dimensions > hidden_size:
+        raise InvalidField(
+            f"dimensions is {params.dimensions}, and the model has {hidden_size}",
+            field="dimensions",
+        )
+
+
+def _check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:
+    if not prompt_token_ids:
+        raise InvalidField("the prompt is empty", field="prompt")
+    bad = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise InvalidField(
+            f"token id {bad} is outside the vocabulary of {vocab_size}", field="prompt"
+        )

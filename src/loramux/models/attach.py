@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from loramux.adapters.heads import labels_of
 from loramux.config import LoRAConfig
 from loramux.errors import LoramuxError, UnsupportedModel
 from loramux.layers.attention import PagedAttention, attention_function
@@ -293,7 +294,11 @@ def _build_schema(
         experts[one.name] = replace(one.spec, aliases=tuple(aliases_of(model, one.name)))
     _check_targets_exist(lora, modules)
     aliases = {alias: name for name in modules for alias in aliases_of(model, name)}
-    attached.schema = ModelSchema(modules, refused, experts, aliases)
+    text = model.config.get_text_config()
+    labels = labels_of(getattr(model.config, "id2label", None))
+    attached.schema = ModelSchema(
+        *(modules, refused, experts, aliases), hidden_size=int(text.hidden_size), labels=labels
+    )
 
 
 def _is_target(name: str, targets: list[str] | None) -> bool:

@@ -70,7 +70,7 @@ def fill_from_checkpoint(model: PreTrainedModel, shards: Shards, config: EngineC
     """Read this rank's slices, and no more, from the safetensors files of `config.model`.
 
     Raises ConfigError when there are none, or when they lack weights or have other shapes."""
-    files = _Files(config)
+    files = CheckpointFiles(config)
     missing, odd = [], []
     for name, parameter in model.named_parameters():
         key = name.replace(INNER, ".")
@@ -95,7 +95,9 @@ def fill_from_checkpoint(model: PreTrainedModel, shards: Shards, config: EngineC
         )
 
 
-def _fill(parameter: torch.Tensor, files: _Files, key: str, part: Part | None) -> list[str]:
+def _fill(
+    parameter: torch.Tensor, files: CheckpointFiles, key: str, part: Part | None
+) -> list[str]:
     """Read one parameter; reasons against what is there."""
     expected = part.shape if part else tuple(parameter.shape)
     if files.shape(key) != expected:
@@ -104,7 +106,7 @@ def _fill(parameter: torch.Tensor, files: _Files, key: str, part: Part | None) -
     return []
 
 
-def _matrices(model: PreTrainedModel, files: _Files, names: list[str]) -> list[str]:
+def _matrices(model: PreTrainedModel, files: CheckpointFiles, names: list[str]) -> list[str]:
     """Names of the matrices that a parameter is put together from, if they are there."""
     for name in names:
         sources = expert_sources(model, name)
@@ -114,7 +116,7 @@ def _matrices(model: PreTrainedModel, files: _Files, names: list[str]) -> list[s
 
 
 def _fill_experts(
-    parameter: torch.Tensor, files: _Files, sources: list[str], part: Part | None
+    parameter: torch.Tensor, files: CheckpointFiles, sources: list[str], part: Part | None
 ) -> list[str]:
     """Read a parameter [E, ...] out of the matrices of each expert, one under the other."""
     rows = _rows_in(parameter, len(sources), part)
@@ -144,17 +146,17 @@ def _rows_in(parameter: torch.Tensor, count: int, part: Part | None) -> list[Str
     ]
 
 
-class _Files:
+class CheckpointFiles:
     """The safetensors files of a checkpoint, by the name of a tensor."""
 
     def __init__(self, config: EngineConfig):
         self._config = config
         self._open: dict[str, Any] = {}
-        index = self._find(INDEX)
+        index = find_file(self._config, INDEX)
         if index is not None:
             found: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
             self._file_of = found
-        elif self._find(ONE_FILE) is not None:
+        elif find_file(self._config, ONE_FILE) is not None:
             self._file_of = dict.fromkeys(self._handle(ONE_FILE).keys(), ONE_FILE)
         else:
             raise ConfigError(
@@ -183,20 +185,22 @@ class _Files:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            path = self._find(file)
+            path = find_file(self._config, file)
             if path is None:
                 raise OSError(f"{file} is missing")
             self._open[file] = safe_open(path, framework="pt")
         return self._open[file]
 
-    def _find(self, file: str) -> str | None:
-        path = Path(self._config.model).expanduser()
-        if path.exists():
-            return str(path / file) if (path / file).is_file() else None
-        found: str | None = cached_file(
-            self._config.model,
-            file,
-            revision=self._config.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return found
+
+def find_file(config: EngineConfig, file: str) -> str | None:
+    """The path of a file of the checkpoint, which may have to be fetched; None if it has no such."""
+    path = Path(config.model).expanduser()
+    if path.exists():
+        return str(path / file) if (path / file).is_file() else None
+    found: str | None = cached_file(
+        config.model,
+        file,
+        revision=config.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return found

@@ -10,6 +10,7 @@ The LoRA delta of each product is folded into the op after it (`Expand`), so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +159,9 @@ class FusedDecoder:
             self.mrope.gather(table, positions, self.num_positions)
         return self.num_positions
 
+    tap: Callable[[torch.Tensor], None] | None = None
+    """Given the final hidden states [T, D] of each forward, see `models/hidden.py`."""
+
     def forward(
         self,
         ids: torch.Tensor,
@@ -181,6 +185,8 @@ class FusedDecoder:
             x, residual = layer.forward(x, residual, following, table, self.batch)
             if overlay is not None and i < deep:
                 _add_behind(x, residual, following, overlay.rows, overlay.vectors[1 + i])
+        if self.tap is not None:
+            self.tap(x)
         logits = _head(self.head, x if keep is None else x[keep], out)  # [B, V]
         if self.softcap:  # in place: logits of many rows are large
             logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loramux.adapters.heads import Head
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.memory_advice import weights_do_not_fit
 from loramux.errors import ConfigError, UnsupportedModel
@@ -26,6 +27,8 @@ from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_att
 from loramux.models.device_memory import DeviceMemory, device_memory, refused_when_full
 from loramux.models.fill import fill_from_checkpoint, fill_random, materialise
 from loramux.models.fuse import fuse
+from loramux.models.heads import is_classifier, no_embeddings, read_head
+from loramux.models.hidden import check_hidden
 from loramux.models.measure import measure
 from loramux.models.proof import check_paging
 from loramux.models.shards import Shards, cut_model
@@ -47,6 +50,10 @@ class LoadedModel:
     facts: ModelFacts
     eos_token_ids: frozenset[int]
     vocab_size: int
+    head: Head | None = None  # of a sequence classifier
+    pad_token_id: int | None = None
+    no_pooling: str | None = None  # why it gives no hidden states
+    no_embeddings: str | None = None  # why it gives none
 
 
 def _weights_refused(
@@ -90,7 +97,13 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
         attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
     facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()
-    return LoadedModel(attached, facts, _eos_ids(model), int(text.vocab_size))
+    return LoadedModel(
+        *(attached, facts, _eos_ids(model), int(text.vocab_size)),
+        head=read_head(config, hf_config, model.dtype) if group.rank == 0 else None,
+        pad_token_id=_pad_id(model),
+        no_pooling=check_hidden(attached),
+        no_embeddings=no_embeddings(config) if group.rank == 0 else None,
+    )
 
 
 def read_config(model: str, revision: str | None) -> PreTrainedConfig:
@@ -119,6 +132,8 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
             f"{config.model_type} model {model!r} is not served: {'; '.join(reasons)}",
             field="model",
         )
+    if is_classifier(config):
+        config.tie_word_embeddings = True  # see models/heads.py
     return config
 
 
@@ -247,6 +262,11 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
         value = getattr(source, "eos_token_id", None)
         ids.update([value] if isinstance(value, int) else value or [])
     return frozenset(ids)
+
+
+def _pad_id(model: PreTrainedModel) -> int | None:
+    value = model.config.get_text_config().pad_token_id
+    return value if isinstance(value, int) else None
 
 
 def load_schema(config: EngineConfig) -> Attached:

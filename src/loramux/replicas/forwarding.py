@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Scope
 from loramux.errors import InvalidField
 from loramux.server.adapter_paths import check_name
 
-GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+POOLING_PATHS = {"/v1/embeddings", "/v1/classify", "/classify"}
+GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", *POOLING_PATHS})
 MAX_MEMBERS = 32  # of a composition, as far as routing looks
 SEPARATOR = "+"  # no name may contain it
 BASE_KEY = "+"  # of requests without adapters, which Ray would not keep apart with an empty one

@@ -22,6 +22,7 @@ from loramux.types import (
     AdapterUse,
     Delta,
     MediaPrompt,
+    PoolingParams,
     SamplingParams,
 )
 
@@ -126,7 +127,7 @@ class MemberEngine(AsyncEngine):
         self,
         request_id: str,
         prompt: Sequence[int] | MediaPrompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Delta]:
         for use in adapters:

@@ -6,6 +6,7 @@ sampling.py     body -> SamplingParams
 selection.py    `model` and `lora` -> adapters
 generation.py   the answers of one HTTP request, merged; leaving it cancels them
 completions.py, chat.py, models.py, admin.py, health.py   the routes
+embeddings.py, classify.py   those that generate nothing; pooling.py and pooling_protocol.py serve both
 logprobs.py     log-probabilities in OpenAI's two shapes
 sse.py          events on the wire; disconnect.py notices that the client has gone
 gate.py         API key and body size, before anything is read

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from loramux.config import ServerConfig
 from loramux.errors import ConfigError
-from loramux.server import admin, chat, completions, health, models
+from loramux.server import admin, chat, classify, completions, embeddings, health, models
 from loramux.server.errors import install_handlers
 from loramux.server.gate import ApiKeyGate, BodyLimit
 from loramux.server.media_loading import MediaLoading
@@ -57,7 +57,7 @@ def create_app(
         title="loramux", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.loramux = state
-    for part in (completions, chat, models, admin, health):
+    for part in (completions, chat, embeddings, classify, models, admin, health):
         app.include_router(part.router)
     install_handlers(app)
     limit = config.body_limit(media if engine.modalities else None)

@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loramux.server.encoding import ReplyJSON
 from loramux.server.errors import INVALID, error_body
 
-PROTECTED_PREFIX = "/v1"
+PROTECTED_PREFIXES = ("/v1", "/classify")
 
 
 class ApiKeyGate:
-    """Requires `Authorization: Bearer <key>` on everything under /v1."""
+    """Requires `Authorization: Bearer <key>` on every path that serves a model."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self.app = app
@@ -35,7 +35,7 @@ class ApiKeyGate:
 
     def _is_protected(self, scope: Scope) -> bool:
         path = scope["path"]
-        return bool(path == PROTECTED_PREFIX or path.startswith(PROTECTED_PREFIX + "/"))
+        return any(path == prefix or path.startswith(prefix + "/") for prefix in PROTECTED_PREFIXES)
 
     def _has_key(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 from loramux.errors import EngineError, EngineStopped
 from loramux.server.metrics import Meter
 from loramux.server.state import ServerState
-from loramux.types import AdapterUse, Delta, MediaPrompt, SamplingParams, TokenLogprobs
+from loramux.types import (
+    AdapterUse,
+    Delta,
+    MediaPrompt,
+    PoolingOutput,
+    PoolingParams,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 Prompt = Sequence[int] | MediaPrompt
 
@@ -39,7 +47,7 @@ class Generation:
         self,
         state: ServerState,
         prompts: Sequence[Prompt],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse],
     ) -> None:
         self._state = state
@@ -119,6 +127,7 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    pooled: PoolingOutput | None = None
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -126,6 +135,7 @@ class Choice:
         self.logprobs.extend(delta.logprobs or ())
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+        self.pooled = delta.pooled
 
 
 class Usage:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from loramux.engine.default_adapters import MARK, choose_adapters, is_default
 from loramux.errors import InvalidField, UnknownModel
+from loramux.server.pooling_protocol import PoolingBody
 from loramux.server.protocol import GenerationBody
 from loramux.server.state import ServerState
 from loramux.types import AdapterRef, AdapterUse
@@ -17,7 +18,7 @@ DIGEST_LENGTH = 12
 
 
 def select_adapters(
-    state: ServerState, body: GenerationBody, modalities: Collection[str] = ()
+    state: ServerState, body: GenerationBody | PoolingBody, modalities: Collection[str] = ()
 ) -> tuple[AdapterUse, ...]:
     """`model` and `lora` as the engine wants them, or the defaults of the `modalities` of a request that
     names no adapter.
