@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from loramux.kernels import triton_attention
+from loramux.kernels import cuda_attention, triton_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16 = torch.float32, torch.bfloat16
@@ -135,6 +135,22 @@ def test_last_keys_end_with_the_context() -> None:
     assert_close(
         run(q, cache, cache, far, 0.25), attention_oracle(q, cache, cache, exact, 0.25, 0, 0.0)
     )
+
+
+def test_a_plan_of_causal_attention_is_not_taken_for_images() -> None:
+    class Planner:
+        def covers(self, kind: object) -> bool:
+            return True
+
+    batch, blocks = make_batch([(3, 20)], 16)
+    cache, q = fill_cache(batch, blocks, 16, 1, 16, F32), torch.randn(3, 2, 16)
+    planned = replace(with_images(batch), notes={cuda_attention.PLANNER: Planner()})
+    with pytest.raises(AssertionError, match="last_keys has no plan"):
+        cuda_attention.paged_attention(q, cache, cache, planned, 0.25)
+    unplanned = on_device(replace(planned, notes={}))
+    arguments = [t.to(DEVICE) for t in (q, cache, cache)]
+    out = cuda_attention.paged_attention(*arguments, unplanned, 0.25)
+    assert_close(out.cpu(), attention_oracle(q, cache, cache, planned, 0.25, 0, 0.0))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (17, 1)], ids=str)

@@ -1,4 +1,11 @@
-"""Attention over the paged KV cache, behind transformers' registered attention function."""
+"""Attention over the paged KV cache, behind transformers' registered attention function.
+
+Models' own masks never come here: each is None, and the step says what a row sees. It is causal but in
+Gemma 3 (`create_masks_for_vision_model` of transformers 5.17), where a run of image tokens sees itself
+whole. In full layers k <= q or k is in q's run; in sliding ones that and k > q - window, so even an
+image longer than the window is seen forward to its end. Tags stand between images, so a run is one of
+them. Prompts without images and generated tokens are causal. `AttentionBatch.last_keys` says it.
+"""
 
 from __future__ import annotations
 
