@@ -20,7 +20,7 @@ from loramux.media import Audio, Image, Video
 from loramux.models.item_cache import ItemCache, ProcessedItem
 from loramux.models.placeholders import Expansion
 from loramux.models.resample import resample
-from loramux.models.stock_processor import PARTS, AbsentPart, StockProcessor
+from loramux.models.stock_processor import PARTS, StockProcessor
 from loramux.models.text import TextProcessor
 from loramux.types import Modality
 
@@ -60,11 +60,12 @@ class ItemProcessor:
         self._text = text
         self._placeholders = placeholders
         self._vector_ids = vector_ids
-        self._identity = _identity(stock)
+        self._identities = {m: _identity(self.stock, m) for m in placeholders}
 
     def digest(self, item: Media) -> str:
         """Hex sha256 of the content's digest and of how it is processed."""
-        words = [self._identity, modality_of(item), item.digest]
+        modality = modality_of(item)
+        words = [self._identities[modality], modality, item.digest]
         return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
     def process(self, item: Media, field: str) -> ProcessedItem:
@@ -149,19 +150,15 @@ def _frames(item: Video) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in item.frames])  # [T, H, W, 3] uint8
 
 
-def _identity(stock: StockProcessor) -> str:
-    """Of a processor: equal ones make the same of the same item."""
-    processor = stock.processor
-    parts = {name: getattr(processor, name) for name in PARTS if hasattr(processor, name)}
+def _identity(processor: Any, modality: Modality) -> str:
+    """Of how items of a modality are processed: equal ones make the same of the same item."""
+    names = [name for name, its in PARTS.items() if its == modality and hasattr(processor, name)]
+    parts = {name: getattr(processor, name) for name in names}
+    settings = {name: [type(part).__name__, part.to_dict()] for name, part in parts.items()}
     own = {
         name: value
         for name, value in vars(processor).items()
         if isinstance(value, (str, int, float)) and name != "chat_template"
-    }
-    settings = {
-        name: [type(part).__name__, part.to_dict()]
-        for name, part in parts.items()
-        if not isinstance(part, AbsentPart)
     }
     words = [transformers.__version__, type(processor).__name__, own, settings]
     return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()

@@ -178,15 +178,17 @@ class _Loading:
         name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
         name = name.replace("FeatureExtractor", "ImageProcessor")
         name = name.removesuffix("Fast").removesuffix("Pil")
-        types = [
-            kind for kind, names in IMAGE_PROCESSOR_MAPPING_NAMES.items() if name in names.values()
+        named = [
+            names for names in IMAGE_PROCESSOR_MAPPING_NAMES.values() if name in names.values()
         ]
-        for model_type in [*types, self.hf_config.model_type]:
-            names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
-            if "pil" in names:
-                module = _module(model_type, "image_processing_pil")
-                return getattr(module, names["pil"])
-        raise ImportError(f"{name or 'the image processor'} needs torchvision")
+        # As transformers: the model's own where no file names a class that exists.
+        own = IMAGE_PROCESSOR_MAPPING_NAMES.get(self.hf_config.model_type, {})
+        wanted = (named[0] if named else own).get("pil")
+        holders = [k for k, v in IMAGE_PROCESSOR_MAPPING_NAMES.items() if v.get("pil") == wanted]
+        found = _import_class(wanted, holders, "image_processing_pil") if wanted else None
+        if found is None:
+            raise ImportError(f"{name or 'the image processor'} needs torchvision")
+        return found
 
     def _require_num2words(self) -> None:
         """It spells the number of a video's frames."""
@@ -203,25 +205,34 @@ def _module(model_type: str, kind: str) -> ModuleType:
     return importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
 
 
-def _class_named(name: str) -> type[ProcessorMixin]:
-    """Raises UnsupportedModel for a class that transformers does not have."""
-    for model_type in (kind for kind, value in PROCESSOR_MAPPING_NAMES.items() if value == name):
+def _import_class(name: str, model_types: list[str], kind: str) -> Any:
+    """The class `name` from the first file of its `kind` that has it; None where there is none."""
+    for model_type in model_types:
         try:
-            module = _processing_module(model_type)
+            module = _processing(model_type) if kind == "processing" else _module(model_type, kind)
         except ModuleNotFoundError as error:
             if error.name is None or not error.name.startswith("transformers."):
                 raise
-            continue  # a model with the processor of another
+            continue  # a model that uses the class of another
         if hasattr(module, name):
             return getattr(module, name)
-    raise UnsupportedModel(
-        f"the checkpoint wants a {name}, which this version of transformers does not have",
-        field="model",
-        remedy="serve a checkpoint in transformers' own format",
-    )
+    return None
 
 
-def _processing_module(model_type: str) -> ModuleType:
+def _class_named(name: str) -> type[ProcessorMixin]:
+    """Raises UnsupportedModel for a class that transformers does not have."""
+    holders = [kind for kind, value in PROCESSOR_MAPPING_NAMES.items() if value == name]
+    found = _import_class(name, holders, "processing")
+    if found is None:
+        raise UnsupportedModel(
+            f"the checkpoint wants a {name}, which this version of transformers does not have",
+            field="model",
+            remedy="serve a checkpoint in transformers' own format",
+        )
+    return found
+
+
+def _processing(model_type: str) -> ModuleType:
     """Pixtral's file wants one function of an image processor that needs torchvision. The PIL
     processor's file has the same function: for the time of the import it stands there."""
     try:
