@@ -64,6 +64,9 @@ class ModelSchema:
     aliases: dict[str, str] = field(default_factory=dict)
     """Names that adapters may use for modules, beside the model's own -> the model's own."""
 
+    towers: frozenset[str] = frozenset()
+    """Those of `modules` and `refused` that are not in the language model, but make vectors of media."""
+
     @property
     def elements_per_row(self) -> int:
         """What one rank row costs over all modules: A [in] and B [out] of each."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from loramux.kernels import Activation, rms_norm
 from loramux.layers.linear import LinearSlice, MergedLinear
@@ -59,7 +58,7 @@ def fuse(attached: Attached, num_positions: int) -> FusedDecoder | None:
 
 
 def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
-    body = _get(attached.model, "model")
+    body = _body(attached)
     layers = _get(body, "layers")
     text = attached.model.config.get_text_config()
     names = [getattr(text, name, None) for name in ("hidden_act", "hidden_activation")]
@@ -67,9 +66,10 @@ def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
     fused = [_layer(module, attached, activation, text, i) for i, module in enumerate(layers)]
     rotary, dtype, device = _get(body, "rotary_emb"), attached.model.dtype, attached.device
     assert fused[0].attention.key_shape is not None
+    mrope = attached.language is not None and attached.language.mrope
     size = fused[0].attention.key_shape[1]
     tables = {
-        rope: _table(rotary, rope, num_positions, dtype, device, size)
+        rope: _table(rotary, rope, num_positions, dtype, device, size, mrope=mrope)
         for rope in {layer.rope for layer in fused}
     }
     return FusedDecoder(
@@ -79,8 +79,16 @@ def _take_apart(attached: Attached, num_positions: int) -> FusedDecoder:
         head=attached.model.get_output_embeddings(),
         tables=tables,
         batch=attached.batch,
-        softcap=float(getattr(text, "final_logit_softcapping", None) or 0.0),
+        # In a multimodal model the head stands outside, and nothing is done to what it gives.
+        softcap=0.0
+        if attached.language
+        else float(getattr(text, "final_logit_softcapping", None) or 0.0),
     )
+
+
+def _body(attached: Attached) -> Any:
+    """What holds the layers."""
+    return attached.language.decoder if attached.language else _get(attached.model, "model")
 
 
 def _layer(
@@ -190,6 +198,8 @@ def _table(
     dtype: torch.dtype,
     device: torch.device,
     size: int,
+    *,
+    mrope: bool,
 ) -> torch.Tensor:
     """cos, then sin, of every position [P, rot], as the model's own rotary embedding gives them for
     heads of `size` features."""
@@ -200,6 +210,8 @@ def _table(
         if "layer_type" in arguments:
             cos, sin = rotary(like, positions, layer_type=rope)  # [1, P, rot]
         else:
+            if mrope:  # of text: the same in all three dimensions
+                positions = positions.expand(3, 1, -1)  # [3, 1, P]
             cos, sin = rotary(like, positions)  # [1, P, rot]
     if 2 * cos.shape[-1] == size:  # GPT-OSS says each angle once
         return torch.cat((cos[0], sin[0]), dim=-1).contiguous()  # [P, rot]
@@ -222,7 +234,7 @@ def _compare(attached: Attached, decoder: FusedDecoder) -> None:
     ids = torch.randint(vocab, (CHECKED_TOKENS,), generator=generator).to(attached.device)  # [T]
     with small_cache(attached), small_step(attached, 0, CHECKED_TOKENS):
         with choices.kept():
-            expected, seen = _own_forward(model, ids)  # [T, V]
+            expected, seen = _own_forward(attached, ids)  # [T, V]
         for index, (layer, (x, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
             norm = layer.before_attention
             normed = rms_norm(x, norm.weight, norm.eps, norm.mode)  # [T, D]
@@ -238,7 +250,7 @@ def _compare(attached: Attached, decoder: FusedDecoder) -> None:
 
 
 def _own_forward(
-    model: PreTrainedModel, ids: torch.Tensor
+    attached: Attached, ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """The model's own logits [T, V], and what went in and came out of each layer, [T, D] each."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -248,17 +260,15 @@ def _own_forward(
         after = output[0] if isinstance(output, tuple) else output  # [1, T, D]
         seen.append((before[0].clone(), after[0].clone()))
 
-    layers: Any = model.model.layers
+    layers: Any = _body(attached).layers
     hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers]
     positions = torch.arange(len(ids), device=ids.device)  # [T]
     try:
-        output = model(
-            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
-        )
+        logits = attached.own_forward(ids, positions)  # [T, V]
     finally:
         for hook in hooks:
             hook.remove()
-    return output.logits[0], seen
+    return logits, seen
 
 
 def _check_layer(
