@@ -31,6 +31,7 @@ HASHED_FIELDS = (
     "lora_dtype",
     "target_modules",
     "enable_tower_connector_lora",
+    "allow_partial_adapters",
     "specialize_active_lora",
     "enable_mixed_moe_lora_format",
     "enable_moe_shared_loras",
@@ -41,9 +42,7 @@ HASHED_FIELDS = (
 UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras", "default_mm_loras_policy")
 
 # Fields whose machinery is not built yet: name -> (value that means "off", what it waits for).
-NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
-    "enable_tower_connector_lora": (False, "it needs multimodal models"),
-}
+NOT_SERVED_YET: dict[str, tuple[Any, str]] = {}
 
 _warned_dual_stream = False
 
@@ -106,7 +105,13 @@ class LoRAConfig(BaseModel):
     or the base model as in vLLM."""
 
     enable_tower_connector_lora: bool = False
-    """Serve adapters on the vision or audio tower and on the connector of multimodal models."""
+    """Serve adapters on the vision or audio tower and on the connector of multimodal models. Off: an
+    adapter that touches them is refused."""
+
+    allow_partial_adapters: bool = False
+    """Serve adapters that touch a tower or a connector where that is not served, without that part:
+    their answers are then not those of the whole adapter. A line in the log says what is left out.
+    No field of vLLM's."""
 
     specialize_active_lora: bool = False
     """Capture CUDA graphs for several counts of active adapters instead of one for all."""

@@ -13,6 +13,7 @@ from loramux.config.graphs import GPU_STEP
 from loramux.config.memory import captured_sizes
 from loramux.kernels.flashinfer_sizes import Shape, workspace_bytes
 from loramux.layers.linear import MergedLinear
+from loramux.layers.tower import TowerLinear
 from loramux.models.attach import Attached
 from loramux.models.device_memory import DeviceMemory
 
@@ -93,7 +94,10 @@ def _kv_bytes(attached: Attached) -> int:
 def _widths(attached: Attached) -> Widths:
     text = attached.model.config.get_text_config()
     linears = {id(merged): merged for merged, _ in attached.names.values()}
-    layers: list[MergedLinear] = [m for m in linears.values() if m is not attached.head]
+    # What encoders take is no part of a step.
+    layers: list[MergedLinear] = [
+        m for m in linears.values() if m is not attached.head and not isinstance(m, TowerLinear)
+    ]
     # On the meta device nothing is fused, for nothing can be compared: the usual case is planned.
     planned = attached.model.device.type == "meta"
     return Widths(
