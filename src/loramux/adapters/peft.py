@@ -140,6 +140,7 @@ def read_adapter(
         source=str(folder),
         max_r=max(row.r for row in rows),
         num_bytes=_num_elements(layout) * dtype.itemsize,
+        adapts_encoder=any(binding.module in schema.towers for binding in bindings),
         labels=bindings.head.labels if bindings.head else (),
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
@@ -198,7 +199,7 @@ def _bind(
         reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema, config)
     elif left_out:
         reasons.append("all of it is on towers and connectors: nothing would be left to serve")
-    return _Bindings(linear, of_experts, left_out), reasons + _no_parameter(peft, schema)
+    return _Bindings(linear, of_experts, left_out=left_out), reasons + _no_parameter(peft, schema)
 
 
 def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:

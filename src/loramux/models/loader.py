@@ -20,6 +20,7 @@ from transformers import (
 
 from loramux.adapters.heads import Head
 from loramux.config import EngineConfig, ModelFacts
+from loramux.config.engine import step_tokens
 from loramux.config.memory_advice import weights_do_not_fit
 from loramux.errors import ConfigError, UnsupportedModel
 from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
@@ -100,7 +101,8 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
         model.eval().requires_grad_(False)
         attached = attach(model, config.lora, shards)
         check_paging(attached)
-        attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
+        length = min(config.max_model_len or positions, positions)
+        attached.decoder = fuse(attached, length, step_tokens(config, on_gpu=device != "cpu"))
     facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()
     return LoadedModel(
@@ -316,7 +318,10 @@ def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str
     facts = measure(attached, config, device, memory, (positions, reason))
     text = hf_config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    table = min(config.max_model_len or positions, positions) * head * facts.widths.itemsize
+    rows = min(config.max_model_len or positions, positions)
+    if attached.language is not None and attached.language.mrope:
+        rows += step_tokens(config, on_gpu=facts.on_gpu)
+    table = rows * head * facts.widths.itemsize
     tables = len(set(getattr(text, "layer_types", None) or [""]))  # as `fuse` makes them
     weights = facts.weight_bytes + tables * table
     if weights > memory.free:

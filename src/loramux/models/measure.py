@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.facts import Widths
+from loramux.config.facts import EncoderFacts, Widths
 from loramux.config.graphs import GPU_STEP
 from loramux.config.memory import captured_sizes
 from loramux.kernels.flashinfer_sizes import Shape, workspace_bytes
@@ -42,6 +42,7 @@ def measure(
         weight_bytes=weight_bytes(attached),
         attention_bytes=_attention_bytes(attached, config) if device.startswith("cuda") else 0,
         widths=_widths(attached),
+        encoder=_encoder(attached),
         row_granule=config.row_granule,
     )
 
@@ -79,6 +80,12 @@ def _weights(attached: Attached) -> Iterator[torch.Tensor]:
 def _tables(attached: Attached) -> Iterator[torch.Tensor]:
     if attached.decoder is not None:
         yield from attached.decoder.tables.values()
+
+
+def _encoder(attached: Attached) -> EncoderFacts | None:
+    if (towers := attached.towers) is None:
+        return None
+    return EncoderFacts(towers.vector_bytes, towers.work_bytes, towers.sees_whole)
 
 
 def _kv_bytes(attached: Attached) -> int:

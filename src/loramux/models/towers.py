@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from loramux.errors import EngineError
 from loramux.layers.batch import UniformLoRA
@@ -50,6 +50,22 @@ class Towers:
     def vector_bytes(self) -> int:
         """Bytes of what stands for one token on the device."""
         return (1 + self.layers) * self._hidden * self._model.dtype.itemsize
+
+    @property
+    def work_bytes(self) -> int:
+        """About what it takes to make one vector: a layer's tensors for each of the patches or frames
+        that become one token. They are estimated by the largest widths that the towers' linear layers
+        have, and by how many tokens the last of them puts together."""
+        config = self._model.config
+        parts = [getattr(config, name, None) for name in ("vision_config", "audio_config")]
+        widths = [_width(part) * _merged(part, config) for part in parts if part is not None]
+        width = max(widths, default=0)
+        return (width + 8 * self._hidden) * self._model.dtype.itemsize
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether tokens of an image see all of that image, as in Gemma 3."""
+        return bool(self._model.config.model_type == "gemma3")
 
     @torch.inference_mode()
     def encode(self, items: Sequence[MediaItem], lora: UniformLoRA | None) -> list[torch.Tensor]:
@@ -135,6 +151,28 @@ class Towers:
         if torch.equal(found, torch.arange(len(token_ids)).expand(3, -1)):
             return None, int(shift)
         return found.to(torch.int32).numpy(), int(shift)
+
+
+def _width(part: PreTrainedConfig) -> int:
+    """Elements of a layer's tensors that are alive at once, for one of its rows."""
+    hidden = max(
+        getattr(part, n, None) or 0 for n in ("hidden_size", "d_model", "embed_dim", "hidden_dim")
+    )
+    names = ("intermediate_size", "encoder_ffn_dim")
+    inner = max((getattr(part, n, None) or 0 for n in names), default=0) or 4 * hidden
+    return 8 * int(hidden) + 2 * int(inner)
+
+
+def _merged(part: PreTrainedConfig, whole: PreTrainedConfig) -> int:
+    """How many rows of a tower become one vector."""
+    side = int(
+        getattr(part, "spatial_merge_size", None) or getattr(whole, "scale_factor", None) or 1
+    )
+    if (ratio := getattr(whole, "downsample_ratio", None)) is not None:
+        side = round(1 / ratio)
+    if (tokens := getattr(whole, "mm_tokens_per_image", None)) is not None:  # Gemma 3 pools
+        return max(1, (int(part.image_size) // int(part.patch_size)) ** 2 // int(tokens))
+    return side * side
 
 
 def _tensors(item: MediaItem, encoder: Encoder) -> Inputs:
