@@ -37,6 +37,7 @@ from loramux.models.multimodal import Language, is_in, let_see_both_ways, linear
 from loramux.models.names import aliases_of, old_names
 from loramux.models.norms import fuse_norms
 from loramux.models.shards import Shards
+from loramux.models.tower_attention import attend_in_segments
 from loramux.models.towers import Towers
 from loramux.parallel import ALONE, Group
 from loramux.schema import ModelSchema, ModuleSpec
@@ -144,6 +145,7 @@ def attach(
     fuse_norms(model if attached.language is None else attached.language.decoder)
     adapted = lora is not None and lora.enable_tower_connector_lora
     if attached.language is not None:
+        attend_in_segments(model, attached.language.decoder)
         attached.towers = Towers(model, attached.language, step, adapted=adapted)
         if adapted:
             _wrap_towers(attached, outside, step)
