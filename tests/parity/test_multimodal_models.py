@@ -3,7 +3,7 @@ part give what transformers and PEFT give."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -164,32 +164,40 @@ def test_positions_are_the_models_own(case: Case) -> None:
     assert case.towers.rope_index(ids, []) == (None, 0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 def test_steps_over_a_cache_give_the_whole_models_logits(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    case: Case, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if case.name == "gemma3":
-        pytest.skip("its images see both ways, which is the attention's affair")
     monkeypatch.setattr(proof, "BLOCK", LONGEST)
-    prompt = case.prompt()
+    attached, prompt = case.attached, case.prompt()
     count = len(prompt.ids)
-    cut = int(prompt.rows(prompt.items[:1])[1])  # within the first item
+    spans = [span for item in prompt.items for span in item.spans]
+    both_ways = case.name == "gemma3"
+    # Within the first item, unless that is seen both ways.
+    cut = spans[0][1] if both_ways else int(prompt.rows(prompt.items[:1])[1])
+    seen = torch.full((count,), -1, dtype=torch.int32)  # [T]
+    for start, end in spans if both_ways else ():
+        seen[start:end] = end - 1
     found, _ = case.towers.rope_index(prompt.ids.tolist(), prompt.items)
     positions = torch.arange(count) if found is None else torch.from_numpy(found)  # [T] or [3, T]
-    got = []
-    with torch.inference_mode(), small_cache(case.attached):
-        for start, end in ((0, cut), (cut, count)):
-            keep = torch.arange(end - start - 1, -1, -2).flip(0)  # [B]
-            with small_step(case.attached, start, end):
-                logits = case.attached.own_forward(
-                    prompt.ids[start:end],
-                    positions[..., start:end],
-                    keep,
-                    case.overlay(prompt, start, end),
-                )  # [B, V]
-            got.append((keep + start, logits))
     wanted = case.oracle.logits(prompt.inputs)  # [T, V]
-    for rows, logits in got:
-        torch.testing.assert_close(logits, wanted[rows], atol=2e-2, rtol=2e-3)
+    with torch.inference_mode(), small_cache(attached):
+        for start, end in ((0, cut), (cut, count)):
+            ids, places = prompt.ids[start:end], positions[..., start:end]
+            keep = torch.arange(end - start - 1, -1, -2).flip(0)  # [B]
+            overlay = case.overlay(prompt, start, end)
+            with small_step(attached, start, end):
+                batch, decoder = attached.batch, attached.decoder
+                assert batch.attention is not None and decoder is not None
+                batch.attention = replace(batch.attention, last_keys=seen[start:end])
+                if not fused:
+                    logits = attached.own_forward(ids, places, keep, overlay)  # [B, V]
+                else:
+                    if places.dim() == 2:
+                        places = decoder.set_positions(places.long()) + torch.arange(end - start)
+                    batch.positions = places.int()  # [T']
+                    logits = decoder.forward(ids, keep, overlay=overlay)  # [B, V]
+            torch.testing.assert_close(logits, wanted[start:end][keep], atol=2e-2, rtol=2e-3)
 
 
 def test_text_alone_gives_the_whole_models_logits(

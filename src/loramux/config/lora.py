@@ -41,9 +41,6 @@ HASHED_FIELDS = (
 # Fields that do not: where weights wait on the host, and which adapter a request gets by default.
 UNHASHED_FIELDS = ("max_cpu_loras", "default_mm_loras", "default_mm_loras_policy")
 
-# Fields whose machinery is not built yet: name -> (value that means "off", what it waits for).
-NOT_SERVED_YET: dict[str, tuple[Any, str]] = {}
-
 _warned_dual_stream = False
 
 
@@ -219,23 +216,11 @@ class LoRAConfig(BaseModel):
             return False
         return True
 
-    def refuse_unserved(self) -> None:
-        """Raise ConfigError naming every field that is set and whose machinery is not there yet."""
-        reasons = [
-            f"{name}={getattr(self, name)!r} is not served yet: {why}"
-            for name, (off, why) in NOT_SERVED_YET.items()
-            if getattr(self, name) != off and getattr(self, name) not in (None, {})
-        ]
-        if reasons:
-            names = ", ".join(reason.split("=")[0] for reason in reasons)
-            raise ConfigError("; ".join(reasons), field=names, remedy=f"leave out {names}")
-
     def verify_with_model_config(self, model: ModelFactsLike) -> LoRAConfig:
         """Check this config against the model and device and fill in `lora_dtype`.
 
         Returns a new object; this one stays as the user wrote it. Raises ConfigError.
         """
-        self.refuse_unserved()
         self._check_defaults(model.modalities)
         self.dual_stream(model.device)  # raises where it cannot be had
         dtype = model.dtype if self.lora_dtype == "auto" else self.lora_dtype
