@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from loramux.bench.geometry import VisionGeometry, geometry, write_model
-from loramux.bench.report import append_row, header
+from loramux.bench.report import append_row, header, usable_cores
 from loramux.bench.sitting import Commands
 
 ADAPTER_STD = 0.02
@@ -77,7 +78,7 @@ class MediaBench:
         from loramux.llm import LLM
         from loramux.offline_arguments import LoRARequest
 
-        self.options, self.shape = options, shape
+        self.options, self.shape, self.begun = options, shape, time.perf_counter()
         self.dice = random.Random(options.seed)
         model = str(write_model(folder / "model", shape))
         self.llm = LLM(
@@ -91,39 +92,48 @@ class MediaBench:
             max_model_len=min(shape.max_positions, 8192),
             **options.settings,
         )
+        self.say("the engine runs")
         paths = write_adapters(folder, self.llm, options.adapters, options.rank, options.seed)
         self.loras = [LoRARequest(path.name, lora_path=str(path)) for path in paths]
         for lora in self.loras:
             self.llm.add_lora(lora)
+        self.say("the adapters are registered")
 
     def rows(self) -> Any:
         """What was measured, row by row."""
         options = self.options
         self.run(self.prompts(8), adapted=True, count=8)  # warms up kernels and loads adapters
+        yield from self.seen_again()
         seconds: dict[int, list[float]] = {0: [], options.adapters: []}
-        for _ in range(options.runs):
+        for number in range(options.runs):
             for count, times in seconds.items():
+                self.say(f"run {number + 1} with {count} adapters")
                 prompts = self.prompts(options.requests)
                 times.append(self.run(prompts, adapted=count > 0, count=options.requests))
-        base = statistics.median(seconds[0])
-        tokens = len(prompts[0].token_ids)
-        for count, times in seconds.items():
-            took = statistics.median(times)
-            yield {
-                "case": "requests",
-                "adapters": count,
-                "requests": options.requests,
-                "prompt_tokens": tokens,
-                "vectors": prompts[0].items[0].num_vectors,
-                "seconds": round(took, 4),
-                "spread_s": round(max(times) - min(times), 4),
-                "ratio": round(took / base, 4),
-            }
-        yield from self.seen_again()
+            base = statistics.median(seconds[0])
+            for count, times in seconds.items():
+                took = statistics.median(times)
+                yield {
+                    "case": "requests",
+                    "runs": len(times),
+                    "adapters": count,
+                    "requests": options.requests,
+                    "prompt_tokens": len(prompts[0].token_ids),
+                    "vectors": prompts[0].items[0].num_vectors,
+                    "seconds": round(took, 4),
+                    "spread_s": round(max(times) - min(times), 4),
+                    "ratio": round(took / base, 4),
+                }
+
+    def say(self, text: str) -> None:
+        """Progress, with the seconds since the start."""
+        print(f"[{time.perf_counter() - self.begun:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     def prompts(self, count: int) -> list[Any]:
         """Prompts with new images and texts, ready for the engine."""
-        return [self.prepared(self.image()) for _ in range(count)]
+        images = [self.image() for _ in range(count)]
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+            return list(pool.map(self.prepared, images))
 
     def image(self) -> Any:
         """Noise, decoded."""
@@ -175,7 +185,8 @@ class MediaBench:
     def seen_again(self) -> Any:
         """The first token of a request, and of another with the same image, under an adapter each."""
         for adapted in (False, True):
-            first, again = [], []
+            first: list[float] = []
+            again: list[float] = []
             for _ in range(max(3, self.options.runs)):
                 image = self.image()
                 for times in (first, again):

@@ -66,11 +66,12 @@ def attend(
         most = int((starts[1:] - starts[:-1]).max()) if longest is None else longest
         cuts = starts.int()
         usual = scaling is None or abs(scaling * q.shape[-1] ** 0.5 - 1) < 1e-6
-        more = {} if usual else {"scale": scaling}  # torch 2.11 may not know it
-        out: torch.Tensor = varlen_attn(
+        more: dict[str, Any] = {} if usual else {"scale": scaling}  # torch 2.11 may not know it
+        out: Any = varlen_attn(
             *(q.contiguous(), k.contiguous(), v.contiguous(), cuts, cuts, most, most), **more
         )  # [T, H, D]
-        return out
+        attended: torch.Tensor = out
+        return attended
     return _attend_by_length(q, k, v, starts, scaling)  # [T, H, D]
 
 
@@ -93,7 +94,7 @@ def _attend_by_length(
     for length in lengths.unique().tolist():
         firsts = cuts[:-1][lengths == length]  # [N]
         rows = (firsts.unsqueeze(1) + torch.arange(length)).to(q.device)  # [N, L]
-        there = [t[rows].transpose(1, 2) for t in (q, k, v)]  # [N, H, L, D] each
-        attended = F.scaled_dot_product_attention(*there, scale=scaling)  # [N, H, L, D]
+        a, b, c = (t[rows].transpose(1, 2) for t in (q, k, v))  # [N, H, L, D] each
+        attended = F.scaled_dot_product_attention(a, b, c, scale=scaling)  # [N, H, L, D]
         out[rows] = attended.transpose(1, 2)
     return out
