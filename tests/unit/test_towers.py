@@ -16,10 +16,10 @@ from transformers import AutoConfig
 from loramux.adapters.peft import read_adapter
 from loramux.bench.geometry import geometry, write_model
 from loramux.config import EngineConfig, LoRAConfig
-from loramux.errors import AdapterRejected
+from loramux.errors import AdapterRejected, EngineError
 from loramux.kernels import Expand, LoRASite
 from loramux.layers.batch import LoRAStep, UniformLoRA
-from loramux.layers.tower import TowerLinear, TowerSlice, TowerStep, uniform_step
+from loramux.layers.tower import TowerLinear, TowerSlice, TowerStep, lora_step, pieces
 from loramux.models.attach import Attached
 from loramux.models.device_memory import DeviceMemory
 from loramux.models.loader import facts_before_loading, load_model, load_schema
@@ -106,13 +106,43 @@ def test_every_row_takes_the_composition_whatever_the_layout(bias: bool) -> None
         x = torch.randn(shape)
         assert layer.weight is not None
         base = x @ layer.weight.t() + (0.0 if layer.bias is None else layer.bias)
-        with step.of(MEMBERS, torch.device("cpu")):
+        with step.of([(MEMBERS, 1)], torch.device("cpu")):
             torch.testing.assert_close(
                 module(x).double(), x.double() @ dense.t() + offset, atol=1e-4, rtol=1e-4
             )
         torch.testing.assert_close(module(x), base, atol=1e-5, rtol=1e-5)
-        with step.of(UniformLoRA((), ()), torch.device("cpu")):
+        with step.of([(UniformLoRA((), ()), 1)], torch.device("cpu")):
             torch.testing.assert_close(module(x), base, atol=1e-5, rtol=1e-5)
+
+
+SHARES = [(MEMBERS, 3), (None, 2), (UniformLoRA(((0, 2.0),), (3,)), 1), (None, 1), (MEMBERS, 1)]
+
+
+def by_share(layer: TowerLinear, dense: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x [8 n, K] through the layer, item by item of SHARES: [8 n, N] float64."""
+    assert layer.weight is not None and layer.site is not None
+    a, b = layer.site.a[0, :3].double(), layer.site.b[:3].double()
+    single = layer.weight.double() + 2.0 * 0.25 * (b.t() @ a)  # [N, K]
+    weights = (dense, layer.weight.double(), single, layer.weight.double(), dense)
+    parts = x.double().split([size * len(x) // 8 for _, size in SHARES])
+    return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
+
+
+@pytest.mark.parametrize("rows", [8, 24, 640])
+def test_items_with_different_adapters_share_a_call(rows: int) -> None:
+    step = TowerStep()
+    layer, dense = make_layer(step, bias=False)
+    x = torch.randn(rows, 24)
+    with step.of(SHARES, torch.device("cpu")):
+        got = TowerSlice(layer, 0)(x.view(8, -1, 24)).view(rows, -1)
+    torch.testing.assert_close(got.double(), by_share(layer, dense, x), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_do_not_come_out_even_are_refused() -> None:
+    step = TowerStep()
+    layer, _ = make_layer(step, bias=False)
+    with step.of(SHARES, torch.device("cpu")), pytest.raises(EngineError, match="12 rows"):
+        TowerSlice(layer, 0)(torch.randn(12, 24))
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 150])
@@ -123,7 +153,7 @@ def test_a_gpu_gets_the_same_as_chunks(rows: int, monkeypatch: pytest.MonkeyPatc
     made: list[LoRAStep] = []
 
     def take(self: TowerStep, count: int) -> None:
-        made.append(uniform_step(MEMBERS, count, torch.device("cpu")))
+        made.append(lora_step([(MEMBERS, 0, count)], torch.device("cpu")))
         self.batch.lora = made[-1]
 
     monkeypatch.setattr(TowerStep, "take", take)
@@ -141,7 +171,7 @@ def test_triton_takes_these_chunks(rows: int) -> None:
     layer, dense = make_layer(TowerStep(), bias=False)
     assert layer.weight is not None and layer.site is not None
     x = torch.randn(rows, 24)
-    made = uniform_step(MEMBERS, rows, torch.device(device))
+    made = lora_step([(MEMBERS, 0, rows)], torch.device(device))
     fields = {n: getattr(layer.site, n).to(device) for n in ("a", "b", "row_r", "row_scale")}
     site = LoRASite(**fields, slice_starts=layer.site.slice_starts)
     h = torch.full((1, rows, made.columns), float("nan"), device=device)
@@ -149,6 +179,25 @@ def test_triton_takes_these_chunks(rows: int) -> None:
     triton_shrink.lora_shrink(x.to(device), site, made.work, h)
     triton_lora.lora_expand(y, Expand(site, h, made.work))
     torch.testing.assert_close(y.cpu().double(), x.double() @ dense.t(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [8, 328])
+def test_triton_takes_the_chunks_of_several_items(rows: int) -> None:
+    triton_lora = pytest.importorskip("loramux.kernels.triton_lora")
+    triton_shrink = pytest.importorskip("loramux.kernels.triton_shrink")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer, dense = make_layer(TowerStep(), bias=False)
+    assert layer.weight is not None and layer.site is not None
+    x = torch.randn(rows, 24)
+    made = lora_step(pieces(SHARES, rows), torch.device(device))
+    fields = {n: getattr(layer.site, n).to(device) for n in ("a", "b", "row_r", "row_scale")}
+    site = LoRASite(**fields, slice_starts=layer.site.slice_starts)
+    h = torch.full((1, rows, made.columns), float("nan"), device=device)
+    y = (x @ layer.weight.t()).to(device)
+    triton_shrink.lora_shrink(x.to(device), site, made.work, h)
+    triton_lora.lora_expand(y, Expand(site, h, made.work))
+    wanted = by_share(layer, dense, x)
+    torch.testing.assert_close(y.cpu().double(), wanted, atol=1e-3, rtol=1e-3)
 
 
 # --- what adapters bind to -------------------------------------------------------------------------

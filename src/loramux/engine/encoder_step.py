@@ -1,6 +1,6 @@
 """The encoder's own step, before the language model's: what a plan asks to encode, kept by key.
 
-plan.forget ── plan.encode, a batch for each composition ── overlay of the rows' embeddings
+plan.forget ── plan.encode, in batches ── overlay of the rows' embeddings
 """
 
 from __future__ import annotations
@@ -76,13 +76,15 @@ class EncoderStep:
         return failed
 
     def _encode(self, batch: Sequence[Encode]) -> None:
-        members = batch[0].members
-        lora = None
-        if members:
-            lora = UniformLoRA(members, tuple(self._ranks[row] for row, _ in members))
-        found = self._towers.encode([one.item for one in batch], lora)
+        loras = [self._lora(one.members) for one in batch]
+        found = self._towers.encode([one.item for one in batch], loras)
         for one, vectors in zip(batch, found, strict=True):
             self._vectors[one.key] = vectors  # [1 + L, n, D]
+
+    def _lora(self, members: tuple[tuple[int, float], ...]) -> UniformLoRA | None:
+        if not members:
+            return None
+        return UniformLoRA(members, tuple(self._ranks[row] for row, _ in members))
 
     def media(self, rows: Sequence[Row], device: torch.device) -> StepMedia | None:
         """What media stand in `rows`, in the order of the step."""
@@ -142,11 +144,13 @@ def last_keys(rows: Sequence[Row]) -> np.ndarray | None:
 
 
 def _batches(encodes: Sequence[Encode]) -> list[list[Encode]]:
-    """Of one composition each, and not too large."""
-    batches: dict[tuple[tuple[int, float], ...], list[list[Encode]]] = {}
-    for one in encodes:
-        own = batches.setdefault(one.members, [[]])
-        if sum(e.item.num_vectors for e in own[-1]) + one.item.num_vectors > MOST_ENCODED:
-            own.append([])
-        own[-1].append(one)
-    return [batch for own in batches.values() for batch in own if batch]
+    """Not too large, and equal compositions beside each other."""
+    batches: list[list[Encode]] = []
+    size = MOST_ENCODED + 1
+    for one in sorted(encodes, key=lambda encode: encode.members):
+        if size + one.item.num_vectors > MOST_ENCODED:
+            batches.append([])
+            size = 0
+        batches[-1].append(one)
+        size += one.item.num_vectors
+    return batches

@@ -29,11 +29,13 @@ PHI4_MODE = "audio_projection_mode"
 class Encoder:
     """`run(model, inputs, count)` makes `count` vectors of the tensors `keys`; those that an item lacks
     are left out. Items are encoded at once if their tensors have the same shapes behind the first
-    dimension, and only where `together` is True."""
+    dimension, and only where `together` is True. With `mixed` they may take different adapters: whatever
+    the model's linear layers are given has then so many rows for each row of the first of `keys`."""
 
     keys: tuple[str, ...]
     run: Callable[[Any, Inputs, int], Rows]
     together: bool = True
+    mixed: bool = False
 
 
 def encoder_of(model: PreTrainedModel, item: MediaItem) -> Encoder | None:
@@ -125,14 +127,14 @@ def _written(
     return embed(input_ids=ids, inputs_embeds=nothing, **inputs)[0], ()  # [M, D]
 
 
-PIXELS = Encoder(("pixel_values",), _images)
-SIZED = Encoder(("pixel_values", "image_sizes"), _images)
+PIXELS = Encoder(("pixel_values",), _images, mixed=True)
+SIZED = Encoder(("pixel_values", "image_sizes"), _images, mixed=True)
 # All images of a call stand in one row, behind a mask as large as that row's square.
 SIZED_ALONE = Encoder(("pixel_values", "image_sizes"), _images, together=False)
-MASKED = Encoder(("pixel_values", "pixel_attention_mask"), _images)
+MASKED = Encoder(("pixel_values", "pixel_attention_mask"), _images, mixed=True)
 GRIDS: dict[Modality, Encoder] = {
-    "image": Encoder(("pixel_values", "image_grid_thw"), _images),
-    "video": Encoder(("pixel_values_videos", "video_grid_thw"), _videos),
+    "image": Encoder(("pixel_values", "image_grid_thw"), _images, mixed=True),
+    "video": Encoder(("pixel_values_videos", "video_grid_thw"), _videos, mixed=True),
 }
 HEARD = ("input_features", "feature_attention_mask")
 # A mask of padding is left out: it only adds one to the scores, and alone a sound has none.

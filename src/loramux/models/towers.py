@@ -68,21 +68,29 @@ class Towers:
         return bool(self._model.config.model_type == "gemma3")
 
     @torch.inference_mode()
-    def encode(self, items: Sequence[MediaItem], lora: UniformLoRA | None) -> list[torch.Tensor]:
-        """The vectors of each item, [1 + L, n, D] with n its `num_vectors`, each its own memory.
+    def encode(
+        self,
+        items: Sequence[MediaItem],
+        loras: Sequence[UniformLoRA | None] | UniformLoRA | None,
+    ) -> list[torch.Tensor]:
+        """The vectors of each item, [1 + L, n, D] with n its `num_vectors`, each its own memory. `loras`
+        are one for all, or one an item.
 
         Raises EngineError naming an item that does not get so many."""
+        if loras is None or isinstance(loras, UniformLoRA):
+            loras = [loras] * len(items)
+        assert self._adapted or not any(loras), "adapters where no tower has any. This is a bug."
         groups: dict[object, list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
+        for index, (item, lora) in enumerate(zip(items, loras, strict=True)):
             encoder = self._encoder(item)
             shapes = [tuple(tensor.shape[1:]) for tensor in _tensors(item, encoder).values()]
-            key = (id(encoder), *_tensors(item, encoder), *shapes)
+            own = None if encoder.mixed else lora
+            key = (id(encoder), *_tensors(item, encoder), *shapes, own)
             groups[key if encoder.together else index].append(index)
-        assert lora is None or self._adapted, "adapters where no tower has any. This is a bug."
         found: dict[int, torch.Tensor] = {}
-        with self._step.of(lora, self._model.device):
-            for group in groups.values():
-                found.update(zip(group, self._encode([items[i] for i in group]), strict=True))
+        for group in groups.values():
+            vectors = self._encode([items[i] for i in group], [loras[i] for i in group])
+            found.update(zip(group, vectors, strict=True))
         return [found[index] for index in range(len(items))]
 
     def _encoder(self, item: MediaItem) -> Encoder:
@@ -91,21 +99,26 @@ class Towers:
             raise EngineError(f"{_named(item)}: {type(self._model).__name__} takes none")
         return encoder
 
-    def _encode(self, items: Sequence[MediaItem]) -> list[torch.Tensor]:
+    def _encode(
+        self, items: Sequence[MediaItem], loras: Sequence[UniformLoRA | None]
+    ) -> list[torch.Tensor]:
         """As `encode`, of items whose tensors fit together."""
         encoder = self._encoder(items[0])
         each = [_tensors(item, encoder) for item in items]
         inputs = {key: self._placed([one[key] for one in each]) for key in each[0]}
         counts = [item.num_vectors for item in items]
+        shares = [(lora, len(one[encoder.keys[0]])) for lora, one in zip(loras, each, strict=True)]
         try:
-            rows, deep = encoder.run(self._model, inputs, sum(counts))  # [M, D] each
+            with self._step.of(shares, self._model.device):
+                rows, deep = encoder.run(self._model, inputs, sum(counts))  # [M, D] each
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             raise EngineError(f"{_named(items[0])} cannot be encoded: {error}") from error
         if len(rows) != sum(counts):
             if len(items) > 1:  # one of them will say that it is the one
-                return [vectors for item in items for vectors in self._encode([item])]
+                alone = zip(items, loras, strict=True)
+                return [v for item, lora in alone for v in self._encode([item], [lora])]
             raise EngineError(
                 f"{_named(items[0])}: its encoder gave {len(rows)} vectors where the prompt has "
                 f"{sum(counts)} tokens for them"
