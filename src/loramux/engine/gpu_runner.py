@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -103,13 +103,12 @@ class GpuRunner(Runner):
         if singles is not None and not plan.pooled:
             captured = self._find_graph(singles, runs, choice)
         if singles is not None and captured is not None:
-            output = self._replay(singles, *captured, choice)
-            return self._choose_tokens(rows, output, not_encoded)
+            return self._choose_tokens(rows, self._replay(singles, *captured, choice))
         rows = decodes_first(rows)
         with pooling(self.attached, rows, plan.pooled) as pooled:
             output = self._run_eagerly(rows, choice)
-        running = self._choose_tokens(rows, output, not_encoded)
-        running.pooled = pooled
+        running = self._choose_tokens(rows, output)
+        running.pooled, running.not_encoded = pooled, not_encoded
         return running
 
     @torch.inference_mode()
@@ -121,9 +120,7 @@ class GpuRunner(Runner):
         if self._graphs is not None:
             self._graphs.clear()
 
-    def _choose_tokens(
-        self, rows: Sequence[Row], output: StepOutput, not_encoded: Mapping[str, Exception]
-    ) -> GpuRunning:
+    def _choose_tokens(self, rows: Sequence[Row], output: StepOutput) -> GpuRunning:
         kept = [row for row in rows if row.sample is not None]
         specs = [row.sample for row in kept if row.sample is not None]
         choice = None
@@ -134,7 +131,7 @@ class GpuRunner(Runner):
         self._previous = {row.sequence_id: place for place, row in enumerate(kept)}
         if self.reading is not None:
             self.reading.launched(event_behind_all(), places_of(rows, self._ranks))
-        return GpuRunning(kept, choice, not_encoded=not_encoded)
+        return GpuRunning(kept, choice)
 
     def _choose_lora(self, runs: Sequence[Run], tokens: int) -> LoRAChoice | None:
         if self._chooser is None or not any(run.members for run in runs):
