@@ -17,6 +17,7 @@
         ├── EngineStopped               the engine is shutting down or has died
         │   └── ReplicaLost             the replica that had the request is gone; others are there
         ├── AdapterLoadFailed           an adapter that was accepted can no longer be read
+        ├── SourceUnavailable           where an adapter comes from gave nothing, or not in time
         └── Overloaded                  the queue is full; try again later
 
 All of them survive pickling, so they may cross a process boundary unchanged.
@@ -118,6 +119,10 @@ class ReplicaLost(EngineStopped):
 
 class AdapterLoadFailed(EngineError):
     """An adapter that was accepted before can no longer be read from its source."""
+
+
+class SourceUnavailable(EngineError):
+    """Where an adapter comes from (the Hub, a bucket) gave nothing, or not in time."""
 
 
 class Overloaded(EngineError):

@@ -8,13 +8,17 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
+from loramux.adapters.downloads import Downloads
 from loramux.adapters.peft import read_adapter
+from loramux.adapters.peft_deltas import PeftDeltas
 from loramux.adapters.report import BindingReport
+from loramux.adapters.self_test import FileDeltas, NumericReport, check_deltas
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.config.keywords import engine_config
 from loramux.engine.default_adapters import (
@@ -27,6 +31,7 @@ from loramux.engine.default_adapters import (
 from loramux.engine.engine import Engine
 from loramux.engine.memory_table import show
 from loramux.engine.pooling_outputs import ClassificationRequestOutput, EmbeddingRequestOutput
+from loramux.engine.resolving import load_first, resolver_of
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.models.loader import load_schema
 from loramux.offline_arguments import (
@@ -105,6 +110,7 @@ class LLM:
             show(self.engine.memory)
         self._ids = itertools.count()
         self._paths: dict[str, str] = {}
+        self._resolver = resolver_of(self.config.lora)
         self._media = OfflineMedia(self.config.media, self.engine.media.modalities)
         try:
             self._defaults = self._load_defaults()
@@ -351,6 +357,9 @@ class LLM:
             known = store.registry.current(lora.lora_name)
             moved = bool(lora.lora_path) and self._paths.get(lora.lora_name) != lora.lora_path
             if known is None or moved or lora.load_inplace:
+                if known is None and not lora.lora_path and self._resolver is not None:
+                    load_first(lora.lora_name, self._resolver, self.engine.add_adapter)
+                    continue
                 if not lora.lora_path:
                     raise InvalidField(
                         f"LoRARequest {lora.lora_name!r} has no lora_path", field="lora_request"
@@ -360,15 +369,42 @@ class LLM:
 
 
 def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> BindingReport:
-    """Which tensor of the adapter in `path` binds to which module of `model`, without loading it.
+    """Which tensor of the adapter in `path`, a folder or another source, binds to which module of
+    `model`, without loading it.
 
     Raises AdapterRejected with every reason when loramux would refuse it.
     """
     lora = lora or LoRAConfig()
     schema = load_schema(EngineConfig(model=model, lora=lora)).schema
     dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
-    _, report = read_adapter(os.path.basename(os.path.normpath(path)), path, schema, lora, dtype)
+    folder = fetch_adapter(path, lora)
+    _, report = read_adapter(os.path.basename(os.path.normpath(path)), folder, schema, lora, dtype)
     return report
+
+
+def check_deltas_of(path: str, model: str, lora: LoRAConfig | None = None) -> NumericReport:
+    """How far what loramux computes of an adapter is from PEFT's, on random activations for every
+    linear layer; from float64 straight from the file where PEFT is not installed.
+
+    Raises as `check_adapter` does.
+    """
+    lora = lora or LoRAConfig()
+    schema = load_schema(EngineConfig(model=model, lora=lora)).schema
+    dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
+    folder = fetch_adapter(path, lora)
+    weights, _ = read_adapter(folder.name, folder, schema, lora, dtype)
+    wanted: FileDeltas | PeftDeltas
+    try:
+        wanted = PeftDeltas(folder)
+    except ImportError:
+        wanted = FileDeltas(folder)
+    return check_deltas(weights, schema.aliases, dtype, wanted)
+
+
+def fetch_adapter(path: str, lora: LoRAConfig) -> Path:
+    """The folder of an adapter, which is downloaded if it is elsewhere."""
+    limits = (lora.max_adapter_download_bytes, lora.adapter_fetch_timeout_s)
+    return Downloads(*limits).fetch(path).folder
 
 
 def _append(output: RequestOutput, delta: Delta) -> None:

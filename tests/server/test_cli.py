@@ -61,7 +61,10 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
         "--enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format "
         "--enable-moe-shared-loras --host 0.0.0.0 --port 1234 --api-key k "
         "--allow-runtime-lora-updating --lora-root / --max-body-bytes 1MiB --shutdown-timeout-s 2 "
-        "--default-mm-loras-policy refuse --allowed-media-domains a.test .b.test "
+        "--default-mm-loras-policy refuse --encoder-cache-tokens 99 --adapter-roots /a memory://b "
+        "--adapter-repositories org/* --resolver-timeout-s 7 --resolver-negative-ttl-s 8 "
+        "--adapter-fetch-timeout-s 9 --max-adapter-download-bytes 1GiB --verify-adapters "
+        "--max-lora-cls-labels 9 --allowed-media-domains a.test .b.test "
         "--allowed-media-roots /m --max-media-bytes 1MiB --max-image-pixels 9 --max-video-frames 2 "
         "--max-video-pixels 99 --max-audio-s 1.5 --fetch-timeout-s 2.5 --max-redirects 0"
     )

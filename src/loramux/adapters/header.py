@@ -81,8 +81,8 @@ def read_header(folder: Path) -> tuple[list[FileTensor], FileIdentity | None, li
         pickles = [n for n in PICKLE_NAMES if (folder / n).exists()]
         if pickles:
             reason = (
-                f"{pickles[0]} is a pickle, which can run code when it is read; save the adapter "
-                f"as {WEIGHTS_NAME} (save_pretrained does)"
+                f"{pickles[0]} is a pickle, which can run code when it is read; "
+                "loramux adapter convert SRC DST reads it safely, and writes " + WEIGHTS_NAME
             )
             return [], None, [reason]
         return [], None, [f"{WEIGHTS_NAME} is missing"]

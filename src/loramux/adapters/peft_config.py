@@ -13,6 +13,7 @@ from typing import Any
 
 import regex
 
+from loramux.adapters.initialisations import reason_against
 from loramux.adapters.peft_patterns import Matcher, PatternTable, at_the_end, is_plain
 
 CONFIG_NAME = "adapter_config.json"
@@ -66,16 +67,14 @@ REFUSED = {
     "head (score or classifier) of task_type SEQ_CLS",
     "trainable_token_indices": "trained token embeddings are not served yet",
     "alora_invocation_tokens": "activated LoRA is not served yet",
-    "layer_replication": "layer replication changes the base model and cannot share it",
+    "layer_replication": "layer replication makes another base model, with more layers, out of "
+    "copies of these; one base model serves all adapters",
     "fan_in_fan_out": "transposed weights (Conv1D layers) are not served yet",
     "megatron_config": "Megatron layers are not served",
     "use_qalora": "QALoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served",
     "ensure_weight_tying": "tied adapted weights are not served yet",
 }
-
-# init_lora_weights values after which the saved A and B are a plain difference to the base model.
-PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +189,8 @@ def _unserved(data: dict[str, Any]) -> list[str]:
             continue
         reason = REFUSED.get(key, "this setting is unknown to loramux")
         reasons.append(f"{key}={value!r}: {reason}"[:300])
-    init = data.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in PLAIN_INITS:
-        reasons.append(
-            f"init_lora_weights={init!r}: it may change the base weights; save the adapter with "
-            "path_initial_model_for_weight_conversion to get an ordinary one"
-        )
+    if against := reason_against(data.get("init_lora_weights", True)):
+        reasons.append(against)
     return reasons
 
 
