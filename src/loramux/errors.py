@@ -27,6 +27,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_REASONS = 64
+MOST_CHARACTERS = 600  # of one reason
+
 
 class LoramuxError(Exception):
     """Root of the tree. `message` is one line; `remedy`, when there is one, says what to do."""
@@ -49,6 +52,15 @@ def _rebuild(kind: type[LoramuxError], state: dict[str, Any]) -> LoramuxError:
     Exception.__init__(error, state["message"])
     error.__dict__.update(state)
     return error
+
+
+def _shown(text: str) -> str:
+    """`text` as a log or a terminal may have it."""
+    if len(text) > MOST_CHARACTERS:
+        text = text[: MOST_CHARACTERS - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RequestError(LoramuxError, ValueError):
@@ -76,11 +88,16 @@ class AdapterExists(RequestError):
 
 
 class AdapterRejected(RequestError):
-    """The files are no adapter that can be served as it is; `reasons` lists every cause found."""
+    """The files are no adapter that can be served as it is; `reasons` lists every cause found.
+
+    Reasons quote the files of strangers: what cannot be printed is escaped, and both their length and
+    their number are bounded."""
 
     def __init__(self, name: str, reasons: list[str], *, remedy: str | None = None):
         self.adapter = name
-        self.reasons = list(reasons)
+        self.reasons = [_shown(reason) for reason in reasons[:MOST_REASONS]]
+        if len(reasons) > MOST_REASONS:
+            self.reasons.append(f"and {len(reasons) - MOST_REASONS} more reasons")
         listed = "; ".join(self.reasons)
         super().__init__(f"adapter {name!r} is refused: {listed}", field="lora_path", remedy=remedy)
 

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 
-from loramux.adapters.downloads import Downloads
-from loramux.adapters.peft import read_adapter
-from loramux.adapters.peft_deltas import PeftDeltas
-from loramux.adapters.report import BindingReport
-from loramux.adapters.self_test import FileDeltas, NumericReport, check_deltas
-from loramux.config import EngineConfig, LoRAConfig
+from loramux.config import EngineConfig
 from loramux.config.keywords import engine_config
+from loramux.engine.adapter_check import check_adapter as check_adapter
+from loramux.engine.adapter_check import check_deltas_of as check_deltas_of
 from loramux.engine.default_adapters import (
     MARK,
     choose_adapters,
@@ -33,7 +27,6 @@ from loramux.engine.memory_table import show
 from loramux.engine.pooling_outputs import ClassificationRequestOutput, EmbeddingRequestOutput
 from loramux.engine.resolving import load_first, resolver_of
 from loramux.errors import ConfigError, InvalidField, LoramuxError
-from loramux.models.loader import load_schema
 from loramux.offline_arguments import (
     Encoded,
     LoRA,
@@ -366,45 +359,6 @@ class LLM:
                     )
                 self.engine.add_adapter(lora.lora_name, lora.lora_path, replace=known is not None)
                 self._paths[lora.lora_name] = lora.lora_path
-
-
-def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> BindingReport:
-    """Which tensor of the adapter in `path`, a folder or another source, binds to which module of
-    `model`, without loading it.
-
-    Raises AdapterRejected with every reason when loramux would refuse it.
-    """
-    lora = lora or LoRAConfig()
-    schema = load_schema(EngineConfig(model=model, lora=lora)).schema
-    dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
-    folder = fetch_adapter(path, lora)
-    _, report = read_adapter(os.path.basename(os.path.normpath(path)), folder, schema, lora, dtype)
-    return report
-
-
-def check_deltas_of(path: str, model: str, lora: LoRAConfig | None = None) -> NumericReport:
-    """How far what loramux computes of an adapter is from PEFT's, on random activations for every
-    linear layer; from float64 straight from the file where PEFT is not installed.
-
-    Raises as `check_adapter` does.
-    """
-    lora = lora or LoRAConfig()
-    schema = load_schema(EngineConfig(model=model, lora=lora)).schema
-    dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
-    folder = fetch_adapter(path, lora)
-    weights, _ = read_adapter(folder.name, folder, schema, lora, dtype)
-    wanted: FileDeltas | PeftDeltas
-    try:
-        wanted = PeftDeltas(folder)
-    except ImportError:
-        wanted = FileDeltas(folder)
-    return check_deltas(weights, schema.aliases, dtype, wanted)
-
-
-def fetch_adapter(path: str, lora: LoRAConfig) -> Path:
-    """The folder of an adapter, which is downloaded if it is elsewhere."""
-    limits = (lora.max_adapter_download_bytes, lora.adapter_fetch_timeout_s)
-    return Downloads(*limits).fetch(path).folder
 
 
 def _append(output: RequestOutput, delta: Delta) -> None:
