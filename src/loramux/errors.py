@@ -57,7 +57,8 @@ def _rebuild(kind: type[LoramuxError], state: dict[str, Any]) -> LoramuxError:
 def _shown(text: str) -> str:
     """`text` as a log or a terminal may have it."""
     if len(text) > MOST_CHARACTERS:
-        text = text[: MOST_CHARACTERS - 3] + "..."
+        half = MOST_CHARACTERS // 2 - 2  # the why stands at the end
+        text = f"{text[:half]}...{text[-half:]}"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

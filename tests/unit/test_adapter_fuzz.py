@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.errors import AdapterRejected
 from loramux.models.loader import load_schema
-from loramux.schema import ModelSchema
+from loramux.schema import ExpertsSpec, ModelSchema, ModuleSpec
 from tiny import TinyWorld, save_adapter
 
 CASES = int(os.environ.get("LORAMUX_FUZZ_CASES", "500"))
@@ -105,6 +105,68 @@ def case_of(folder: Path) -> Case:
     raw = (folder / WEIGHTS).read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     return Case(json.loads((folder / CONFIG).read_text()), json.loads(raw[8:end]), raw[end:])
+
+
+def expert_schema() -> ModelSchema:
+    """One layer with two experts, as `models` would describe it."""
+    root = "model.layers.0.mlp"
+    experts = ExpertsSpec(f"{root}.experts", 2, HIDDEN, INNER, False, False, True)
+    sizes = {"gate_proj": (HIDDEN, INNER), "up_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN)}
+    q = "model.layers.0.self_attn.q_proj"
+    modules = {q: ModuleSpec(q, HIDDEN, HIDDEN, 0, 0)}
+    for site, name in enumerate(experts.modules, start=1):
+        modules[name] = ModuleSpec(name, *sizes[name.rpartition(".")[2]], site, 0, 2)
+    return ModelSchema(modules, {}, {experts.name: experts}, hidden_size=HIDDEN)
+
+
+@pytest.fixture(scope="module")
+def expert_store() -> Iterator[AdapterStore]:
+    lora = LoRAConfig(
+        max_lora_rank=8, enable_mixed_moe_lora_format=True, enable_moe_shared_loras=True
+    )
+    made = AdapterStore(
+        expert_schema(), lora, torch.float32, reserved_names=[], on_gone=lambda digest: None
+    )
+    yield made
+    made.close()
+
+
+HIDDEN, INNER, RANK = 8, 6, 2
+# Name below the experts, and the shapes of A and B there.
+EXPERT_LAYOUTS: dict[str, dict[str, tuple[list[int], list[int]]]] = {
+    "per expert": {
+        **{f".{e}.gate_proj": ([RANK, HIDDEN], [INNER, RANK]) for e in range(2)},
+        **{f".{e}.up_proj": ([RANK, HIDDEN], [INNER, RANK]) for e in range(2)},
+        **{f".{e}.down_proj": ([RANK, INNER], [HIDDEN, RANK]) for e in range(2)},
+    },
+    "fused": {
+        ".base_layer": ([2 * RANK, HIDDEN], [2 * INNER, 2 * RANK]),
+        "": ([2 * RANK, INNER], [HIDDEN, 2 * RANK]),
+    },
+    "shared": {
+        ".w1": ([1, RANK, HIDDEN], [2, INNER, RANK]),
+        ".w3": ([1, RANK, HIDDEN], [2, INNER, RANK]),
+        ".w2": ([2, RANK, INNER], [1, HIDDEN, RANK]),
+    },
+}
+
+
+def expert_case(layout: str) -> Case:
+    """A good adapter for `expert_schema` in one of the layouts."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shapes in EXPERT_LAYOUTS[layout].items():
+        for half, shape in zip("AB", shapes, strict=True):
+            key = f"base_model.model.model.layers.0.mlp.experts{name}.lora_{half}.weight"
+            start, end = end, end + 4 * math.prod(shape)
+            header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    config: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3}
+    if layout == "fused":
+        config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    else:
+        config["target_modules"] = r".*experts.*"
+    data = np.random.default_rng().standard_normal(end // 4, dtype=np.float32).tobytes()
+    return Case(config, header, data)
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -291,39 +353,54 @@ FAULTS = st.lists(
 # --- the test ----------------------------------------------------------------------------------
 
 
-@settings(
+many = settings(
     max_examples=CASES,
     deadline=None,
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
-@given(faults=FAULTS)
-def test_a_file_is_an_adapter_or_a_refusal(
-    faults: list[Fault], good: Path, store: AdapterStore, schema: ModelSchema
-) -> None:
-    case = case_of(good)
+
+
+def run(case: Case, faults: list[Fault], folder: Path, store: AdapterStore) -> None:
     for fault in faults:
         fault(case)
-    folder = good.parent / uuid.uuid4().hex
     try:
         case.write(folder)
-        check(folder, store, schema)
+        check(folder, store)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check(folder: Path, store: AdapterStore, schema: ModelSchema) -> None:
+@many
+@given(faults=FAULTS)
+def test_a_file_is_an_adapter_or_a_refusal(
+    faults: list[Fault], good: Path, store: AdapterStore
+) -> None:
+    run(case_of(good), faults, good.parent / uuid.uuid4().hex, store)
+
+
+@settings(many, max_examples=max(1, CASES // 2))
+@given(faults=FAULTS, layout=st.sampled_from(sorted(EXPERT_LAYOUTS)))
+def test_so_is_one_with_experts(
+    faults: list[Fault], layout: str, expert_store: AdapterStore, good: Path
+) -> None:
+    run(expert_case(layout), faults, good.parent / uuid.uuid4().hex, expert_store)
+
+
+def check(folder: Path, store: AdapterStore) -> None:
     begun = time.monotonic()
     try:
         ref = store.add("fuzzed", str(folder))
     except AdapterRejected as error:
+        event("refused")
         assert error.reasons and all(isinstance(r, str) and r for r in error.reasons)
         assert len(str(error).encode()) < MOST_MESSAGE, "a refusal can be sent to somebody"
         assert store.registry.current("fuzzed") is None and store.staged("fuzzed") is None
         assert len(store.host) == 0 and not store._sources and not store._heads
     else:
-        check_accepted(folder, store, schema, ref.digest)
+        event("accepted")
+        check_accepted(folder, store, ref.digest)
         store.remove("fuzzed")
     finally:
         assert time.monotonic() - begun < MOST_S
@@ -331,29 +408,43 @@ def check(folder: Path, store: AdapterStore, schema: ModelSchema) -> None:
         pass  # the name is free again
 
 
-def check_accepted(folder: Path, store: AdapterStore, schema: ModelSchema, digest: str) -> None:
+def check_accepted(folder: Path, store: AdapterStore, digest: str) -> None:
     """What was accepted is whole: every tensor of the file is served, with finite numbers."""
-    ref = store.registry.current("fuzzed")
+    ref, schema = store.registry.current("fuzzed"), store._schema
     assert ref is not None and ref.digest == digest and len(digest) == 64
     weights = store.fetch(ref).result()
     raw = (folder / WEIGHTS).read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     header.pop("__metadata__", None)
-    heads = sum("score" in key or "classifier" in key for key in header)
-    assert len(header) - heads == 2 * len(weights.pairs) and weights.pairs
-    assert weights.pairs.keys() <= schema.modules.keys()
-    for name, pair in weights.pairs.items():
-        assert pair.a.shape == (pair.r, schema.modules[name].in_features)
-        assert pair.b.shape == (pair.r, schema.modules[name].out_features)
-        assert bool(pair.a.isfinite().all()) and bool(pair.b.isfinite().all())
-        assert math.isfinite(float(np.float32(pair.scale)))
+    if not schema.experts:
+        heads = sum("score" in key or "classifier" in key for key in header)
+        assert len(header) - heads == 2 * len(weights.pairs)
+    bytes_served = sum(size for _, _, size in weights.layout.runs)
+    assert bytes_served >= sum(b - a for a, b in (v["data_offsets"] for v in header.values()))
+    parts = [(schema.modules[n], p.a, p.b.t(), p.scale) for n, p in weights.pairs.items()]
+    for name, experts in weights.layout.experts.items():
+        views = experts.views(weights.buffer)
+        parts += [(schema.modules[name], a, b, scale) for _, a, b, scale in views]
+    assert parts
+    for spec, a, b, scale in parts:
+        assert a.shape[1] == spec.in_features and b.shape == (spec.out_features, a.shape[0])
+        assert bool(a.isfinite().all()) and bool(b.isfinite().all())
+        assert math.isfinite(float(np.float32(scale)))
     assert all(isinstance(label, str) for label in ref.labels)
     json.dumps(ref.labels, ensure_ascii=False).encode()
 
 
-def test_the_good_adapter_is_accepted(
-    good: Path, store: AdapterStore, schema: ModelSchema, tmp_path: Path
+@pytest.mark.parametrize("layout", sorted(EXPERT_LAYOUTS))
+def test_the_good_experts_are_accepted(
+    layout: str, expert_store: AdapterStore, tmp_path: Path
 ) -> None:
+    expert_case(layout).write(tmp_path / "same")
+    ref = expert_store.add(layout, str(tmp_path / "same"))
+    assert expert_store.fetch(ref).result().layout.experts
+    expert_store.remove(layout)
+
+
+def test_the_good_adapter_is_accepted(good: Path, store: AdapterStore, tmp_path: Path) -> None:
     case_of(good).write(tmp_path / "same")
     ref = store.add("same", str(tmp_path / "same"))
     assert ref.max_r == 2 and len(store.fetch(ref).result().pairs) == 6

@@ -368,3 +368,31 @@ def test_local_folders_stay_where_they_are(tmp_path: Path, cache: Path) -> None:
     folder = make_files(tmp_path / "local")
     fetched = fetcher().fetch(str(folder))
     assert fetched.folder == folder and not fetched.is_remote and not cache.exists()
+
+
+def test_s3_itself(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against moto's server, where it and s3fs are installed."""
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    secret = uuid.uuid4().hex
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    system = s3fs.S3FileSystem(skip_instance_cache=True)
+    system.mkdir("bucket")
+    for version in ("one", "two"):
+        folder = make_files(tmp_path / version)
+        for name, data in contents(folder).items():
+            system.pipe_file(f"bucket/a/{name}", data)
+        for _ in range(2):
+            assert contents(fetcher().fetch("s3://bucket/a").folder) == contents(folder)
+    with pytest.raises(AdapterNotFound):
+        fetcher().fetch("s3://bucket/none")
+    server.stop()
+    with pytest.raises(SourceUnavailable) as caught:
+        fetcher().fetch("s3://bucket/a")
+    assert secret not in str(caught.value)
