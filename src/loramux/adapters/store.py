@@ -21,11 +21,13 @@ from functools import partial
 
 import torch
 
+from loramux.adapters.downloads import Downloads, Fetched
 from loramux.adapters.files import CORES_A_COPIER, cores
 from loramux.adapters.heads import Head, head_of
 from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
+from loramux.adapters.self_test import refuse_differing
 from loramux.adapters.weights import AdapterSource, AdapterWeights
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterLoadFailed, AdapterRejected, LoramuxError
@@ -88,6 +90,9 @@ class AdapterStore:
         self.registry = Registry(reserved_names, self._gone)
         self.reads = 0
         self._memory = HostMemory()
+        self._downloads = Downloads(
+            config.max_adapter_download_bytes, config.adapter_fetch_timeout_s
+        )
         self._sources: dict[str, AdapterSource] = {}  # by digest
         self._staged: dict[str, _Staged] = {}  # by name
         self.on_load: Callable[[AdapterRef, float], None] | None = None
@@ -99,7 +104,7 @@ class AdapterStore:
         self._rehearsing = threading.Lock()
 
     def add(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
-        """Serve the adapter in `path` under `name`.
+        """Serve the adapter in `path`, a folder or another source (see `sources`), under `name`.
 
         Blocks while it is read; call it outside the step loop. Raises AdapterExists, AdapterNotFound,
         AdapterRejected, or what `rehearse` raises, and then nothing has changed.
@@ -115,7 +120,8 @@ class AdapterStore:
         with contextlib.ExitStack() as claim:
             claim.enter_context(self.registry.loading(name, replace=replace))
             start = time.perf_counter()
-            weights = self._checker.submit(self._read, name, path).result()
+            fetched = self._downloads.fetch(path)
+            weights = self._checker.submit(self._read, name, fetched).result()
             head = self._head_of(weights)
             with self._rehearsing:
                 self._rehearse(weights)
@@ -179,12 +185,19 @@ class AdapterStore:
         return rows
 
     def close(self) -> None:
+        self._downloads.close()
         for threads in (self._reader, self._checker):
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, name: str, path: str) -> AdapterWeights:
+    def _read(self, name: str, fetched: Fetched) -> AdapterWeights:
         self.reads += 1
-        weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype, self._memory)
+        weights, _ = read_adapter(
+            name, fetched.folder, self._schema, self._config, self._dtype, self._memory
+        )
+        if fetched.is_remote:
+            weights = weights.from_origin(fetched.origin)
+        if self._config.verify_adapters:
+            refuse_differing(weights, self._schema.aliases)
         return weights
 
     def _head_of(self, weights: AdapterWeights) -> Head | None:
@@ -201,7 +214,7 @@ class AdapterStore:
     def _read_again(self, ref: AdapterRef) -> AdapterWeights | None:
         """The weights without checking them, if the files are those that were checked."""
         source = self._sources.get(ref.digest)
-        if source is None or str(source.weights_path.parent) != ref.source:
+        if source is None or (source.origin or str(source.weights_path.parent)) != ref.source:
             return None
         buffer = source.read_again(self._memory)  # [num_bytes] uint8
         if buffer is None:
@@ -220,7 +233,7 @@ class AdapterStore:
 
     def _read_and_compare(self, ref: AdapterRef) -> AdapterWeights:
         try:
-            weights = self._read(ref.name, ref.source)
+            weights = self._read(ref.name, self._downloads.fetch(ref.source))
         except LoramuxError as error:
             raise AdapterLoadFailed(
                 f"adapter {ref.name!r} was evicted from host memory and can no longer be read: {error}",

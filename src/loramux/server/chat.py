@@ -102,7 +102,7 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response:
     """Answer a conversation."""
-    adapters = select_adapters(state, body, {part.modality for part in body.media})
+    adapters = await select_adapters(state, body, {part.modality for part in body.media})
     params = chat_params(body)
     rendering = _render(state, body)
     prompt = await (unless_gone(request.receive, rendering) if body.media else rendering)

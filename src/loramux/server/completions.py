@@ -86,7 +86,7 @@ async def _tokenize(state: ServerState, body: CompletionRequest) -> list[list[in
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue one or several prompts."""
-    adapters = select_adapters(state, body)
+    adapters = await select_adapters(state, body)
     params = completion_params(body)
     prompts = await _tokenize(state, body)
     for prompt in prompts:

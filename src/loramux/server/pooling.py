@@ -30,7 +30,7 @@ async def pool(
     item: Callable[[int, PoolingOutput], dict[str, Any]],
 ) -> Response:
     """The list of what `item` makes of each input's number and values. Raises LoramuxError."""
-    adapters = select_adapters(state, body)
+    adapters = await select_adapters(state, body)
     prompts = await _tokenize(state, body)
     _check_lengths(prompts, state.context_length)
     headers = adapter_headers(state, adapters)
