@@ -111,7 +111,7 @@ class Attached:
         assert overlay is None, "media for a model without towers. This is a bug."
         output = self.model(
             input_ids=ids.unsqueeze(0),
-            position_ids=positions.long().unsqueeze(0),
+            position_ids=positions.long().unsqueeze(-2),  # [1, T] or [3, 1, T]
             use_cache=False,
             **({} if keep is None else {"logits_to_keep": keep.long()}),
         )
