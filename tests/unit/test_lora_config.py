@@ -28,6 +28,8 @@ DEFAULTS = {
     "enable_mixed_moe_lora_format": False,
     "enable_moe_shared_loras": False,
     "max_lora_cls_labels": None,
+    "max_registered_adapters": None,
+    "max_adapter_bytes": None,
 }
 CHANGED = {
     "max_lora_rank": 17,
@@ -43,6 +45,8 @@ CHANGED = {
     "enable_mixed_moe_lora_format": True,
     "enable_moe_shared_loras": True,
     "max_lora_cls_labels": 5,
+    "max_registered_adapters": 7,
+    "max_adapter_bytes": 4096,
 }
 FACTS = ModelFacts("bfloat16", "cpu", 512, 1024, 1 << 30)
 
