@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loramux.adapters.pool import AdapterPool
 from loramux.adapters.registry import Registry
 from loramux.engine.blocks import BlockPool
+from loramux.engine.places import Room
 from loramux.engine.plan import PENDING, Row, Sampled, SampleSpec, StepPlan, StepResult
 from loramux.engine.scheduler import Scheduler, SchedulerLimits
 from loramux.engine.sequence import Sequence
@@ -366,6 +367,13 @@ def test_a_pin_under_full_traffic_gets_its_place_and_nobody_starves() -> None:
     world.run(400)
     assert "p" in world.pool.resident()
     assert all(s.finish_reason == "length" for s in [*both, *others])
+
+
+def test_what_becomes_free_in_a_step_is_left_to_a_pin() -> None:
+    world = World()
+    a, b, p = (world.add([1] * 3, adapters=((name, 1.0),)) for name in "abp")
+    room = Room({"a"}, 2, frozenset("p"))
+    assert room.fits(a) and room.fits(p) and not room.fits(b)
 
 
 @settings(max_examples=250, deadline=None)

@@ -24,7 +24,7 @@ class Spool:
             return Path(tempfile.mkdtemp(dir=self._root))
 
     def owns(self, folder: str) -> bool:
-        return self._root is not None and os.path.dirname(folder) == self._root
+        return self._root is not None and os.path.dirname(os.path.abspath(folder)) == self._root
 
     def drop(self, folder: str) -> None:
         """Delete a folder that is ours; any other is left alone."""
