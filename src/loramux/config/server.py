@@ -62,6 +62,11 @@ class ServerConfig(BaseModel):
             )
         return self
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests must carry a key."""
+        return self.api_key is not None or self.api_keys_file is not None or bool(self.api_keys)
+
     def all_keys(self) -> tuple[ApiKey, ...]:
         """Those of `api_keys` and of the file. Raises ConfigError."""
         read = read_keys(self.api_keys_file) if self.api_keys_file is not None else ()

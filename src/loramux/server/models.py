@@ -40,7 +40,7 @@ def _cards(state: ServerState, access: Access) -> list[dict[str, Any]]:
         }
         for status in state.engine.adapters()
         if not is_default(status.ref.name)  # nobody can ask for these
-        and access.may_see(status.ref.name)
+        and access.may_use(status.ref.name)
     ]
     return bases + adapters
 
