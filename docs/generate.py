@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from loramux.cli import NOT_FLAGS, flag_of
 from loramux.config import EngineConfig, LoRAConfig, MediaConfig, ReplicaConfig, ServerConfig
-from loramux.config.lora import DUAL_STREAM_VARIABLE, NOT_SERVED_YET
+from loramux.config.lora import DUAL_STREAM_VARIABLE
 from loramux.config.other_names import OTHER_NAMES
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -65,8 +65,6 @@ def render() -> str:
 
 def row(name: str, field: FieldInfo) -> str:
     meaning = " ".join((field.description or "").split())
-    if name in NOT_SERVED_YET:
-        meaning += " **Not served yet: refused when set.**"
     names = [name, *(other for other, field in OTHER_NAMES.items() if field == name)]
     flags = [] if name == "model" else map(flag_of, names)
     shown = "<br>".join(f"`{text}`" for text in (*names, *flags))

@@ -69,6 +69,8 @@ class ModelSchema:
 
     labels: tuple[str, ...] = ()
     """What the model's configuration calls its labels."""
+    towers: frozenset[str] = frozenset()
+    """Those of `modules` and `refused` that are not in the language model, but make vectors of media."""
 
     @property
     def elements_per_row(self) -> int:

@@ -379,6 +379,8 @@ class EngineStats:
     generation_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    media_queries: int = 0
+    media_hits: int = 0
     blocks_total: int = 0
     blocks_used: int = 0
     device_loads: int = 0

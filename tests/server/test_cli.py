@@ -78,16 +78,17 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(
         "--async-scheduling --enforce-eager --load-format dummy --cudagraph-capture-sizes 1 2 "
         "--chat-template c --enable-lora --max-lora-rank 24 --max-loras 3 --max-cpu-loras 5 "
         "--lora-dtype float32 --lora-target-modules q_proj v_proj --fully-sharded-loras "
-        "--enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format "
-        "--enable-moe-shared-loras --host 0.0.0.0 --port 1234 --api-key k "
+        "--enable-tower-connector-lora --allow-partial-adapters --specialize-active-lora "
+        "--enable-mixed-moe-lora-format --enable-moe-shared-loras --max-lora-cls-labels 7 "
+        "--host 0.0.0.0 --port 1234 --api-key k "
         "--allow-runtime-lora-updating --lora-root / --max-body-bytes 1MiB --shutdown-timeout-s 2 "
         "--default-mm-loras-policy refuse --allowed-media-domains a.test .b.test "
         "--allowed-media-roots /m --max-media-bytes 1MiB --max-image-pixels 9 --max-video-frames 2 "
-        "--max-video-pixels 99 --max-audio-s 1.5 --fetch-timeout-s 2.5 --max-redirects 0"
+        "--max-video-pixels 99 --max-audio-s 1.5 --fetch-timeout-s 2.5 --max-redirects 0 "
+        "--encoder-cache-tokens 640"
     )
     line = flags.split()
-    line += ["--encoder-cache-tokens", "77", "--max-registered-adapters", "9"]
-    line += ["--max-adapter-bytes", "1MiB", "--max-lora-cls-labels", "3"]
+    line += ["--max-registered-adapters", "9", "--max-adapter-bytes", "1MiB"]
     line += ["--api-keys-file", str(keys), "--allow-adapter-push"]
     line += ["--default-mm-loras", '{"image": "p"}']
     line += ["--max-items-per-request", '{"image": 3}']

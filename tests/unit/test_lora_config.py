@@ -9,10 +9,9 @@ import sys
 
 import pytest
 
-from loramux.config import EngineConfig, LoRAConfig, ModelFacts, resolve
+from loramux.config import LoRAConfig, ModelFacts
 from loramux.config import lora as lora_module
-from loramux.config.lora import DUAL_STREAM_VARIABLE, HASHED_FIELDS, NOT_SERVED_YET, UNHASHED_FIELDS
-from loramux.errors import ConfigError
+from loramux.config.lora import DUAL_STREAM_VARIABLE, HASHED_FIELDS, UNHASHED_FIELDS
 
 DEFAULTS = {
     "max_lora_rank": 16,
@@ -24,6 +23,7 @@ DEFAULTS = {
     "default_mm_loras": None,
     "default_mm_loras_policy": "compose",
     "enable_tower_connector_lora": False,
+    "allow_partial_adapters": False,
     "specialize_active_lora": False,
     "enable_mixed_moe_lora_format": False,
     "enable_moe_shared_loras": False,
@@ -41,6 +41,7 @@ CHANGED = {
     "default_mm_loras": {"image": "somewhere"},
     "default_mm_loras_policy": "none",
     "enable_tower_connector_lora": True,
+    "allow_partial_adapters": True,
     "specialize_active_lora": True,
     "enable_mixed_moe_lora_format": True,
     "enable_moe_shared_loras": True,
@@ -130,22 +131,6 @@ def test_verify_fills_dtype_in_a_new_object() -> None:
     assert (verified.lora_dtype, config.lora_dtype) == ("bfloat16", "auto")
     kept = LoRAConfig(lora_dtype="float32").verify_with_model_config(FACTS)
     assert kept.lora_dtype == "float32"
-
-
-@pytest.mark.parametrize("name", sorted(NOT_SERVED_YET))
-def test_fields_without_machinery_are_refused_by_name(name: str) -> None:
-    config = LoRAConfig(**{name: CHANGED[name]})
-    with pytest.raises(ConfigError, match=name):
-        config.verify_with_model_config(FACTS)
-    with pytest.raises(ConfigError, match=name):
-        resolve(EngineConfig(model="m", lora=config), FACTS)
-
-
-def test_all_unserved_fields_are_named_at_once() -> None:
-    config = LoRAConfig(**{name: CHANGED[name] for name in NOT_SERVED_YET})
-    with pytest.raises(ConfigError) as caught:
-        config.refuse_unserved()
-    assert all(name in str(caught.value) for name in NOT_SERVED_YET)
 
 
 def test_dual_stream_is_refused_off_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "quantised",
     ),
     "t5": (lambda: transformers.T5Config(vocab_size=VOCAB, d_model=32), "encoder-decoder"),
-    "gemma3 with vision": (transformers.Gemma3Config, "multimodal"),
+    "paligemma": (transformers.PaliGemmaConfig, "both directions"),
+    "llama4 with vision": (transformers.Llama4Config, "of the multimodal models only gemma3"),
 }
 
 
@@ -56,6 +57,15 @@ def test_models_without_our_doors_are_refused_by_name(kind: str, tmp_path: Path)
         load_schema(EngineConfig(model=str(tmp_path)))
     text = str(caught.value).lower()
     assert config.model_type in text or type(config).__name__.removesuffix("Config").lower() in text
+
+
+def test_all_that_stands_against_a_multimodal_model_is_said_at_once(tmp_path: Path) -> None:
+    config = transformers.PaliGemmaConfig(quantization_config={"quant_method": "fp8"})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel) as caught:
+        load_schema(EngineConfig(model=str(tmp_path), tensor_parallel_size=2))
+    for reason in ("both directions", "tensor_parallel_size > 1", "quantised"):
+        assert reason in str(caught.value)
 
 
 def test_broken_checkpoints_are_refused(tiny_world: TinyWorld, tmp_path: Path) -> None:

@@ -31,6 +31,15 @@ def unbound(tensor: FileTensor, module: FileModule, why: str | None, schema: Mod
     return f"{tensor.key} binds to nothing: {why or f'the model has no linear {module.name!r}'}"
 
 
+def may_be_left_out(name: str, schema: ModelSchema, config: LoRAConfig) -> bool:
+    """Whether an adapter may be served without the module that a file calls `name`: it is of a tower
+    or a connector, is not served, and `allow_partial_adapters` is set."""
+    name = schema.aliases.get(name, name)
+    while name and name not in schema.refused:
+        name = name.rpartition(".")[0]
+    return config.allow_partial_adapters and name in schema.towers
+
+
 def bind_linears(
     found: Iterable[tuple[FileModule, ModuleSpec]],
     peft: PeftConfig,
@@ -59,7 +68,9 @@ def bind_linears(
     return bindings, summarise(reasons) + summarise(halves) + summarise(twice)
 
 
-def forgotten_linears(bound: Collection[str], peft: PeftConfig, schema: ModelSchema) -> list[str]:
+def forgotten_linears(
+    bound: Collection[str], peft: PeftConfig, schema: ModelSchema, config: LoRAConfig
+) -> list[str]:
     """Linear layers that the configuration adapts and the file lacks, or the model refuses."""
     names: dict[str, list[str]] = {}
     for alias, module in schema.aliases.items():
@@ -86,7 +97,9 @@ def forgotten_linears(bound: Collection[str], peft: PeftConfig, schema: ModelSch
         refused = [
             f"{name}: {reason}"
             for name, reason in schema.refused.items()
-            if name.rpartition(".")[0] not in inside and is_targeted(name)
+            if name.rpartition(".")[0] not in inside
+            and not may_be_left_out(name, schema, config)
+            and is_targeted(name)
         ]
     return summarise(missing) + refused
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +28,13 @@ from loramux.adapters.header import (
 )
 from loramux.adapters.heads import HeadBinding, bind_head, split_heads
 from loramux.adapters.host_cache import HostMemory
-from loramux.adapters.linears import bind_linears, forgotten_linears, linear_named, unbound
+from loramux.adapters.linears import (
+    bind_linears,
+    forgotten_linears,
+    linear_named,
+    may_be_left_out,
+    unbound,
+)
 from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
 from loramux.adapters.report import Binding, BindingReport, BindingRow, summarise
 from loramux.adapters.weights import (
@@ -45,6 +52,8 @@ from loramux.errors import AdapterNotFound, AdapterRejected
 from loramux.schema import ModelSchema, ModuleSpec
 from loramux.types import AdapterRef
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Bindings:
@@ -53,6 +62,7 @@ class _Bindings:
     linears: list[Binding]
     experts: list[ExpertBinding]
     head: HeadBinding | None = None
+    left_out: list[str] = field(default_factory=list)  # modules of the file that are not served
 
     def __iter__(self) -> Iterator[Binding]:
         yield from self.linears
@@ -107,6 +117,12 @@ def read_adapter(
         reasons += bind_reasons
     if reasons or config_identity is None or identity is None:
         raise AdapterRejected(name, reasons or ["its files were replaced while they were read"])
+    if bindings.left_out:
+        logger.warning(
+            "adapter %r is served without its part on towers and connectors: %s",
+            name,
+            ", ".join(summarise(bindings.left_out)),
+        )
     rows = bindings.rows()
     layout, stored = _lay_out(bindings)
     source = AdapterSource(
@@ -124,6 +140,7 @@ def read_adapter(
         source=str(folder),
         max_r=max(row.r for row in rows),
         num_bytes=_num_elements(layout) * dtype.itemsize,
+        adapts_encoder=any(binding.module in schema.towers for binding in bindings),
         labels=bindings.head.labels if bindings.head else (),
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
@@ -158,9 +175,13 @@ def _bind(
     modules, reasons = group(sorted(tensors, key=lambda t: t.key))
     names, experts = ExpertNames(schema), ExpertModules()
     linears: list[tuple[FileModule, ModuleSpec]] = []
+    left_out: list[str] = []
     for module in modules:
         if spec := linear_named(module.name, schema):
             linears.append((module, spec))
+            continue
+        if may_be_left_out(module.name, schema, config):
+            left_out.append(module.name)
             continue
         found = names.find(module.name)
         if found is None or isinstance(found, str):
@@ -175,8 +196,10 @@ def _bind(
     of_experts, expert_reasons = bind_experts(experts, peft, schema, config)
     reasons += linear_reasons + expert_reasons
     if linears or experts:
-        reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema)
-    return _Bindings(linear, of_experts), reasons + _no_parameter(peft, schema)
+        reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema, config)
+    elif left_out:
+        reasons.append("all of it is on towers and connectors: nothing would be left to serve")
+    return _Bindings(linear, of_experts, left_out=left_out), reasons + _no_parameter(peft, schema)
 
 
 def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:

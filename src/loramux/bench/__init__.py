@@ -3,6 +3,7 @@
     decode.py, at_once.py, load.py    on an engine, stepped one by one: how it is measured, what is shown
     prefill.py                        the part of decode.py that reads long prompts
     profile.py                        the same engine under a profiler
+    media.py                          requests with images, in this process
     kernels.py, kernel_set.py         on the ops alone
     sitting.py                        options, folders and results of one run of a command
     jobs.py                           one engine in one process, and the driver's view of it
@@ -30,12 +31,13 @@ workloads:
   throughput   tokens/s of many requests at once (--requests N), or of a small model beside
                transformers and PEFT, with time to first token and peak memory
   load         what the first use of an adapter costs its request, and all other streams
+  media        requests with an image each, over adapters on language model and tower
   kernels      microseconds of the products and LoRA kernels at a model's sizes
   profile      where the microseconds of a step go, kernel by kernel
 
 loramux bench WORKLOAD --help lists its options."""
 
-WORKLOADS = ("decode", "throughput", "load", "kernels", "profile")
+WORKLOADS = ("decode", "throughput", "load", "media", "kernels", "profile")
 
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, list[str]] | None = None) -> int:

@@ -16,6 +16,8 @@ from loramux.config.other_names import by_field_names
 from loramux.config.sizes import parse_size
 from loramux.errors import ConfigError
 
+CPU_STEP = 512  # tokens
+
 ModelDtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -149,7 +151,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
     """
     length = _resolve_length(config, facts)
     on_gpu = facts.on_gpu
-    tokens = config.max_num_batched_tokens or (GPU_STEP if on_gpu else 512)
+    tokens = config.max_num_batched_tokens or (GPU_STEP if on_gpu else CPU_STEP)
     lora = config.lora.verify_with_model_config(facts) if config.lora else None
     run_ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
     resolved = config.model_copy(
@@ -171,6 +173,12 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> EngineConfig:
     if kv_bytes < needed:
         length = _shrink_length(config, facts, kv_bytes)
     return resolved.model_copy(update={"max_model_len": length, "kv_cache_memory_bytes": kv_bytes})
+
+
+def step_tokens(config: EngineConfig, *, on_gpu: bool) -> int:
+    """Most tokens of a step, before or after the config is resolved."""
+    tokens = config.max_num_batched_tokens or (GPU_STEP if on_gpu else CPU_STEP)
+    return max(tokens, config.max_num_seqs)
 
 
 def num_blocks(config: EngineConfig, facts: ModelFacts) -> int:

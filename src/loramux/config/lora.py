@@ -31,6 +31,7 @@ HASHED_FIELDS = (
     "lora_dtype",
     "target_modules",
     "enable_tower_connector_lora",
+    "allow_partial_adapters",
     "specialize_active_lora",
     "enable_mixed_moe_lora_format",
     "enable_moe_shared_loras",
@@ -46,11 +47,6 @@ UNHASHED_FIELDS = (
     "max_registered_adapters",
     "max_adapter_bytes",
 )
-
-# Fields whose machinery is not built yet: name -> (value that means "off", what it waits for).
-NOT_SERVED_YET: dict[str, tuple[Any, str]] = {
-    "enable_tower_connector_lora": (False, "it needs multimodal models"),
-}
 
 _warned_dual_stream = False
 
@@ -113,7 +109,13 @@ class LoRAConfig(BaseModel):
     or the base model as in vLLM."""
 
     enable_tower_connector_lora: bool = False
-    """Serve adapters on the vision or audio tower and on the connector of multimodal models."""
+    """Serve adapters on the vision or audio tower and on the connector of multimodal models. Off: an
+    adapter that touches them is refused."""
+
+    allow_partial_adapters: bool = False
+    """Serve adapters that touch a tower or a connector where that is not served, without that part:
+    their answers are then not those of the whole adapter. A line in the log says what is left out.
+    No field of vLLM's."""
 
     specialize_active_lora: bool = False
     """Capture CUDA graphs for several counts of active adapters instead of one for all."""
@@ -228,23 +230,11 @@ class LoRAConfig(BaseModel):
             return False
         return True
 
-    def refuse_unserved(self) -> None:
-        """Raise ConfigError naming every field that is set and whose machinery is not there yet."""
-        reasons = [
-            f"{name}={getattr(self, name)!r} is not served yet: {why}"
-            for name, (off, why) in NOT_SERVED_YET.items()
-            if getattr(self, name) != off and getattr(self, name) not in (None, {})
-        ]
-        if reasons:
-            names = ", ".join(reason.split("=")[0] for reason in reasons)
-            raise ConfigError("; ".join(reasons), field=names, remedy=f"leave out {names}")
-
     def verify_with_model_config(self, model: ModelFactsLike) -> LoRAConfig:
         """Check this config against the model and device and fill in `lora_dtype`.
 
         Returns a new object; this one stays as the user wrote it. Raises ConfigError.
         """
-        self.refuse_unserved()
         self._check_defaults(model.modalities)
         self.dual_stream(model.device)  # raises where it cannot be had
         dtype = model.dtype if self.lora_dtype == "auto" else self.lora_dtype

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
 from loramux.adapters.pool import AdapterPool
 from loramux.adapters.store import AdapterStore
-from loramux.config import EngineConfig, MemoryPlan
+from loramux.config import EngineConfig
 from loramux.engine.inbox import Inbox
 from loramux.engine.leading import LeadingRunner
 from loramux.engine.loads import AdapterLoads, Arrived
@@ -60,16 +59,3 @@ def tell_evictions(store: AdapterStore | None, pool: AdapterPool | None) -> None
     """Have the store's listeners hear of what leaves the device."""
     if store is not None and pool is not None:
         pool.on_evict = partial(store.evicted, place="device")
-
-
-def adapter_bytes(
-    store: AdapterStore | None, pool: AdapterPool | None, plan: MemoryPlan
-) -> dict[str, Any]:
-    """Bytes that adapters take now, as fields of EngineStats; on the device, of each rank."""
-    if store is None or pool is None:
-        return {}
-    row_bytes = plan.needs.pool // pool.num_rows
-    return {
-        "adapter_host_bytes": store.host_bytes,
-        "adapter_device_bytes": pool.rows_taken * row_bytes,
-    }

@@ -10,6 +10,7 @@ import torch
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
 from loramux.engine.cpu_work import lora_step
+from loramux.engine.encoder_step import StepMedia
 from loramux.engine.hidden import pooling
 from loramux.engine.plan import (
     PENDING,
@@ -33,21 +34,24 @@ class CpuRunner(Runner):
         super().__init__(attached, config, facts)
         self._chosen: dict[int, int] = {}  # of the step before, sequence -> token
         self._rank_rows: dict[int, int] = {}  # first pool row -> rank rows
+        self._encoder = self._make_encoder(self._rank_rows)
         self._pack()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Finished:
-        self._fill_batch(plan)
+        not_encoded = self._encoder.run(plan) if self._encoder else {}
+        media = self._encoder.media(plan.rows, self._device) if self._encoder else None
+        self._fill_batch(plan, media)
         try:
             with pooling(self.attached, plan.rows, plan.pooled) as pooled:
-                logits = self._forward(plan.rows)  # [B, V]
+                logits = self._forward(plan.rows, media)  # [B, V]
         finally:
             self.attached.batch.clear()
         rows = [row for row in plan.rows if row.sample is not None]
         chosen = self._choose(rows, logits)
         result = {row.sequence_id: s for row, s in zip(rows, chosen, strict=True)}
         self._chosen = {sequence: s.token_id for sequence, s in result.items()}
-        return Finished(StepResult(result, pooled.read()))
+        return Finished(StepResult(result, pooled.read(), not_encoded))
 
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         self._rank_rows[load.first_row] = load.ref.max_r
@@ -81,39 +85,49 @@ class CpuRunner(Runner):
                 # The last that points into the mapped checkpoint, whose pages count as ours.
                 module.weight.data = module.weight.data.clone()
 
-    def _fill_batch(self, plan: StepPlan) -> None:
+    def _fill_batch(self, plan: StepPlan, media: StepMedia | None) -> None:
         batch = self.attached.batch
         batch.slots = self._slots(plan.rows)  # [T]
         batch.attention = self._attention(plan.rows)
+        if media is not None and media.last_keys is not None:
+            batch.attention = dataclasses.replace(batch.attention, last_keys=media.last_keys)
         if self._deal > 1:
             batch.lora = lora_step(plan.rows, self._rank_rows, self._deal)
         else:
             batch.segments = self._segments(plan.rows)
 
-    def _forward(self, rows: Sequence[Row]) -> torch.Tensor:
+    def _forward(self, rows: Sequence[Row], media: StepMedia | None) -> torch.Tensor:
         """Logits [B, V] of the last token of each row that samples."""
         ids: list[int] = []
         for row in rows:
             ids += row.token_ids
             if ids[-1] == PENDING:
                 ids[-1] = self._chosen[row.sequence_id]
-        positions = [p for row in rows for p in range(row.start, row.start + len(row.token_ids))]
+        places = [row.start + row.shift for row in rows]
+        positions = self._tensor(
+            [
+                p
+                for row, at in zip(rows, places, strict=True)
+                for p in range(at, at + len(row.token_ids))
+            ]
+        )  # [T]
+        overlay = None
+        if media is not None:
+            overlay, placed = media.overlay, self._place(media)
+            positions = positions if placed is None else placed  # [T] or [3, T]
         keep, end = [], 0
         for row in rows:
             end += len(row.token_ids)
             if row.sample is not None:
                 keep.append(end - 1)
         if self.decoder is not None:
-            self.attached.batch.positions = self._tensor(positions, torch.int32)  # [T]
-            return self.decoder.forward(self._tensor(ids), self._tensor(keep))  # [B, V]
-        output = self.attached.model(
-            input_ids=self._tensor([ids]),  # [1, T]
-            position_ids=self._tensor([positions]),  # [1, T]
-            use_cache=False,
-            logits_to_keep=self._tensor(keep),  # [B]
-        )
-        logits: torch.Tensor = output.logits
-        return logits[0]  # [B, V]
+            self.attached.batch.positions = positions.int()  # [T]
+            return self.decoder.forward(
+                self._tensor(ids), self._tensor(keep), overlay=overlay
+            )  # [B, V]
+        return self.attached.own_forward(
+            *(self._tensor(ids), positions, self._tensor(keep), overlay)
+        )  # [B, V]
 
     def _tensor(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)

@@ -1,12 +1,13 @@
 """The encoder's own step, before the language model's: what a plan asks to encode, kept by key.
 
-plan.forget ── plan.encode, a batch for each composition ── overlay of the rows' embeddings
+plan.forget ── plan.encode, in batches ── overlay of the rows' embeddings
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,14 +21,28 @@ from loramux.models.towers import Towers
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StepMedia:
+    """What media bring into a step of T tokens; each None where there is no such thing."""
+
+    overlay: Overlay | None
+    positions: np.ndarray | None
+    """[3, T]"""
+
+    last_keys: torch.Tensor | None
+    """[T] int32, see `AttentionBatch`."""
+
+
 class EncoderStep:
     """Vectors [1 + L, n, D] by key, as the scheduler's `EncoderCache` has decided.
 
     All of it is queued on the stream of the steps, so what a step forgets may still be read by the
     step before."""
 
-    def __init__(self, towers: Towers, ranks: Mapping[int, int]):
-        """`ranks`: rank rows of the adapter at a first pool row; looked at in every step."""
+    def __init__(self, towers: Towers, ranks: Mapping[int, int], *, sees_whole: bool = False):
+        """`ranks`: rank rows of the adapter at a first pool row; looked at in every step. `sees_whole`:
+        tokens of an image see all of it."""
+        self.sees_whole = sees_whole
         self._towers = towers
         self._ranks = ranks
         self._vectors: dict[str, torch.Tensor] = {}
@@ -46,8 +61,8 @@ class EncoderStep:
                     failed[batch[0].key] = error
                 else:
                     failed |= self._one_by_one(batch)
-        for key, error in failed.items():
-            logger.error("media %s cannot be encoded", key[:16], exc_info=error)
+        for key, why in failed.items():
+            logger.error("media %s cannot be encoded", key[:16], exc_info=why)
         return failed
 
     def _one_by_one(self, batch: Sequence[Encode]) -> dict[str, Exception]:
@@ -61,16 +76,28 @@ class EncoderStep:
         return failed
 
     def _encode(self, batch: Sequence[Encode]) -> None:
-        members = batch[0].members
-        lora = None
-        if members:
-            lora = UniformLoRA(members, tuple(self._ranks[row] for row, _ in members))
-        found = self._towers.encode([one.item for one in batch], lora)
+        loras = [self._lora(one.members) for one in batch]
+        found = self._towers.encode([one.item for one in batch], loras)
         for one, vectors in zip(batch, found, strict=True):
             self._vectors[one.key] = vectors  # [1 + L, n, D]
 
-    def overlay(self, rows: Sequence[Row], device: torch.device) -> Overlay | None:
-        """The vectors that stand in `rows`, in the order of the step; None where there are none."""
+    def _lora(self, members: tuple[tuple[int, float], ...]) -> UniformLoRA | None:
+        if not members:
+            return None
+        return UniformLoRA(members, tuple(self._ranks[row] for row, _ in members))
+
+    def media(self, rows: Sequence[Row], device: torch.device) -> StepMedia | None:
+        """What media stand in `rows`, in the order of the step."""
+        if not any(row.media is not None for row in rows):
+            return None
+        last = last_keys(rows)
+        return StepMedia(
+            self._overlay(rows, device),
+            positions_of(rows),
+            None if last is None else torch.from_numpy(last).to(device),
+        )
+
+    def _overlay(self, rows: Sequence[Row], device: torch.device) -> Overlay | None:
         places: list[np.ndarray] = []
         parts: list[torch.Tensor] = []
         token = 0
@@ -87,14 +114,19 @@ class EncoderStep:
         return Overlay(at, torch.cat(parts, dim=1))  # [1 + L, M, D]
 
 
-def positions_of(row: Row) -> np.ndarray | None:
-    """Of all tokens of a row [3, n], where the model counts them in three dimensions."""
-    if row.media is None or row.media.positions is None:
+def positions_of(rows: Sequence[Row]) -> np.ndarray | None:
+    """Of all tokens of a step in three dimensions, int64 [3, T]; None where no row has such."""
+    if not any(row.media is not None and row.media.positions is not None for row in rows):
         return None
-    known: np.ndarray = row.media.positions[:, row.start : row.start + len(row.token_ids)]
-    behind = np.arange(row.start + known.shape[1], row.start + len(row.token_ids)) + row.shift
-    more = np.broadcast_to(behind, (3, len(behind)))
-    return np.concatenate((known, more), axis=1).astype(np.int32)  # [3, n]
+    parts = []
+    for row in rows:
+        count = len(row.token_ids)
+        own = np.tile(np.arange(row.start, row.start + count) + row.shift, (3, 1))  # [3, n]
+        if row.media is not None and row.media.positions is not None:
+            known = row.media.positions[:, row.start : row.start + count]
+            own[:, : known.shape[1]] = known
+        parts.append(own)
+    return np.concatenate(parts, axis=1)  # [3, T]
 
 
 def last_keys(rows: Sequence[Row]) -> np.ndarray | None:
@@ -112,11 +144,13 @@ def last_keys(rows: Sequence[Row]) -> np.ndarray | None:
 
 
 def _batches(encodes: Sequence[Encode]) -> list[list[Encode]]:
-    """Of one composition each, and not too large."""
-    batches: dict[tuple[tuple[int, float], ...], list[list[Encode]]] = {}
-    for one in encodes:
-        own = batches.setdefault(one.members, [[]])
-        if sum(e.item.num_vectors for e in own[-1]) + one.item.num_vectors > MOST_ENCODED:
-            own.append([])
-        own[-1].append(one)
-    return [batch for own in batches.values() for batch in own if batch]
+    """Not too large, and equal compositions beside each other."""
+    batches: list[list[Encode]] = []
+    size = MOST_ENCODED + 1
+    for one in sorted(encodes, key=lambda encode: encode.members):
+        if size + one.item.num_vectors > MOST_ENCODED:
+            batches.append([])
+            size = 0
+        batches[-1].append(one)
+        size += one.item.num_vectors
+    return batches

@@ -23,23 +23,23 @@ from typing import Any
 
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig, plan_memory
-from loramux.engine.adapter_parts import adapter_bytes, make_loads, make_store, tell_evictions
+from loramux.engine.adapter_parts import make_loads, make_store, tell_evictions
 from loramux.engine.admission import Admission
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.collector import settle
 from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
 from loramux.engine.leading import start
-from loramux.engine.media_prompts import MediaPrompts
 from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
 from loramux.engine.pooling import Pooler, PoolingModel
+from loramux.engine.prompts import media_prompts, text_processor
 from loramux.engine.runner import Running
 from loramux.engine.scheduler import make_scheduler
 from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
+from loramux.engine.snapshot import snapshot
 from loramux.errors import EngineError, EngineStopped, InvalidField, LoramuxError, Overloaded
-from loramux.models.text import TextProcessor
 from loramux.types import (
     AdapterRef,
     AdapterStatus,
@@ -85,10 +85,8 @@ class Engine:
         self.config = started.config
         self.memory = plan_memory(self.config, started.facts)
         logger.info("memory: %s", summary(self.memory))
-        self.text = TextProcessor.load(
-            config.tokenizer or config.model, config.revision, config.chat_template
-        )
-        self.media = MediaPrompts()
+        self.text = text_processor(started)
+        self.media = media_prompts(started)
         self.runner = started.runner
         self.inbox = Inbox()
         schema, inbox = loaded.attached.schema, self.inbox
@@ -235,27 +233,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters at this moment; the cumulative ones never go down."""
-        blocks, pool, store = self.scheduler.blocks, self.scheduler.adapters, self.store
-        totals = self._totals
-        return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            steps=totals.steps,
-            preemptions=self.scheduler.preemptions,
-            prompt_tokens=totals.prompt_tokens,
-            generation_tokens=totals.generation_tokens,
-            prefix_queries=blocks.queries,
-            prefix_hits=blocks.hits,
-            blocks_total=blocks.num_blocks,
-            blocks_used=blocks.num_blocks - blocks.num_free,
-            device_loads=totals.device_loads,
-            device_evictions=pool.evictions if pool else 0,
-            host_loads=store.reads if store else 0,
-            host_evictions=store.host.evictions if store else 0,
-            memory=self.memory.parts(),
-            adapters=self.adapters(draining=True),
-            **adapter_bytes(store, pool, self.memory),
-        )
+        parts = (self.scheduler, self.store, self.memory, self.adapters(draining=True))
+        return snapshot(self._totals, *parts)
 
     def check_integrity(self) -> None:
         """With nothing in flight: no block, place or adapter user has leaked."""
@@ -331,6 +310,7 @@ class Engine:
         logger.error("a step failed", exc_info=error)
         self._failed_steps += 1
         failure = EngineError(f"the step failed: {type(error).__name__}: {error}")
+        self.scheduler.media.lost()
         for plan in plans:
             for answer in self.scheduler.alive_in(plan):
                 self._end(answer, failure)
@@ -338,6 +318,11 @@ class Engine:
             raise failure from error
 
     def _write(self, plan: StepPlan, result: StepResult) -> None:
+        waiting = self.scheduler.media.not_encoded(result.not_encoded, plan.rows)
+        for answer in self.scheduler.alive_in(plan) if waiting else ():
+            if (key := waiting.get(answer.sequence_id)) is not None:
+                error = result.not_encoded[key]
+                self._end(answer, EngineError(f"the media cannot be encoded: {error}"))
         advanced = self.scheduler.commit(plan, result)
         self._totals.prompt_tokens += plan.num_tokens - len(result.sampled)
         self._totals.generation_tokens += len(advanced)

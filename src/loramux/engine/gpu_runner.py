@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
 from loramux.config.graphs import REREAD_POSITIONS, active_buckets, row_buckets
 from loramux.config.memory import captured_sizes, pool_rank
-from loramux.engine.attention_plans import Lists, attention_batch, make_planner
+from loramux.engine.attention_plans import attention_batch, make_planner
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
 from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
 from loramux.engine.hidden import pooling
@@ -43,9 +44,9 @@ from loramux.engine.sampler import Sampler
 from loramux.engine.singles import Limits, single_tokens
 from loramux.engine.trial import failing_sizes, trial_rows
 from loramux.engine.tuning import load_costs
-from loramux.engine.warm_up import StepLimits, places, warm_up
+from loramux.engine.warm_up import StepLimits, places, warm_up, whole_row
 from loramux.kernels import AttentionBatch, take_tokens
-from loramux.layers.batch import LoRAStep
+from loramux.layers.batch import LoRAStep, Overlay
 from loramux.layers.sharded import deal_out
 from loramux.models.attach import Attached
 
@@ -66,6 +67,7 @@ class GpuRunner(Runner):
         self.reading = Reading() if self._on_gpu else None
         self._sampler = Sampler(self._device)
         self._ranks: dict[int, int] = {}  # first pool row -> rank rows
+        self._encoder = self._make_encoder(self._ranks)
         self._previous: dict[int, int] = {}  # sequence -> place of its token in `_chosen`
         self._lora_stream = self._side_stream()
         self._graph_width = -(-pool_rank(config.lora, self._deal) // 16) * 16 if config.lora else 0
@@ -92,6 +94,7 @@ class GpuRunner(Runner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> GpuRunning:
         """Queue one step. Raises what a launch raises; what the device finds out, `read` raises."""
+        not_encoded = self._encoder.run(plan) if self._encoder else {}
         rows: Sequence[Row] = plan.rows
         runs = runs_of(rows)
         choice = self._choose_lora(runs, plan.num_tokens)
@@ -100,13 +103,12 @@ class GpuRunner(Runner):
         if singles is not None and not plan.pooled:
             captured = self._find_graph(singles, runs, choice)
         if singles is not None and captured is not None:
-            output = self._replay(singles, *captured, choice)
-            return self._choose_tokens(rows, output)
+            return self._choose_tokens(rows, self._replay(singles, *captured, choice))
         rows = decodes_first(rows)
         with pooling(self.attached, rows, plan.pooled) as pooled:
             output = self._run_eagerly(rows, choice)
         running = self._choose_tokens(rows, output)
-        running.pooled = pooled
+        running.pooled, running.not_encoded = pooled, not_encoded
         return running
 
     @torch.inference_mode()
@@ -216,7 +218,8 @@ class GpuRunner(Runner):
             bound = count if not key.active else min(count, count // step + key.active + 1)
             lora = self._lora_step(packed, bound, step, key.base_rows, self._graph_width)
         lists = (list(range(count + 1)), [1] * count)
-        attention = self._attention_batch(packed, count, 1, lists, self._blocks_per_sequence)
+        blocks = self._blocks_per_sequence
+        attention = attention_batch(packed, self._planner, count, 1, lists, blocks)
         out = self._shared_logits(count if key.kept is None else key.kept)
         return self._forward(packed, count, key.kept, attention, lora, out)
 
@@ -268,13 +271,19 @@ class GpuRunner(Runner):
         host, shape = self._fill(packed, rows, choice, rows_per_chunk, decodes=decodes)
         if not store:
             packed.view(host, "slots")[:tokens] = -1
+        media = self._encoder.media(rows, self._device) if self._encoder else None
+        placed = None if media is None else self._place(media)
+        if placed is not None and placed.dim() == 1:
+            packed.view(host, "positions")[:tokens] = placed
         count = shape.sequences
         starts = packed.view(host, "query_starts")[: count + 1]
         contexts = packed.view(host, "context_lens")[:count]
         pages = packed.view(host, "page_starts")[: count + 1]
-        if self._planner is not None:
+        whole = None if media is None else media.last_keys
+        planner = self._planner if whole is None else None  # FlashInfer knows no such mask
+        if planner is not None:
             lasts = packed.view(host, "last_page_lens")[:count]
-            self._planner.plan_prefill(starts, pages, lasts, tokens, decodes)
+            planner.plan_prefill(starts, pages, lasts, tokens, decodes)
         widest = int((pages[1:] - pages[:-1]).max())
         lists = (starts.tolist(), contexts.tolist())
         packed.send(host, shape.words)
@@ -284,8 +293,13 @@ class GpuRunner(Runner):
                 *(packed, shape.chunks, rows_per_chunk, choice.base_rows, choice.width),
                 members=sum(len(run.members) for run in runs_of(rows)),
             )
-        attention = self._attention_batch(packed, count, shape.max_queries, lists, widest)
-        return self._forward(packed, tokens, shape.kept, attention, lora)
+        attention = attention_batch(packed, planner, count, shape.max_queries, lists, widest)
+        if whole is not None:
+            attention = replace(attention, last_keys=whole)
+        overlay = None if media is None else media.overlay
+        return self._forward(
+            *(packed, tokens, shape.kept, attention, lora), overlay=overlay, placed=placed
+        )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -295,6 +309,8 @@ class GpuRunner(Runner):
         known, self._ranks = self._ranks, {} if self._chooser is None else places(self.config)
         try:
             warm_up(run, self._sampler, StepLimits.of(self.config), self._ranks, buckets)
+            if self._encoder is not None and self._encoder.sees_whole:
+                run([whole_row(self.block_size)], None)
         finally:
             self._ranks = known
 
@@ -323,8 +339,11 @@ class GpuRunner(Runner):
         attention: AttentionBatch,
         lora: LoRAStep | None,
         out: torch.Tensor | None = None,
+        overlay: Overlay | None = None,
+        placed: torch.Tensor | None = None,
     ) -> StepOutput:
-        """Run on the packed buffer's contents; `kept` None keeps every row."""
+        """Run on the packed buffer's contents; `kept` None keeps every row. `placed` [3, T]: positions
+        in place of the buffer's, for the model's own forward."""
         view, batch = packed.view, self.attached.batch
         buffer = packed.device
         ids = take_tokens(
@@ -335,36 +354,16 @@ class GpuRunner(Runner):
         batch.attention, batch.lora = attention, lora
         keep = None if kept is None else view(buffer, "keep")[:kept]  # [B]
         try:
-            logits = self._logits(ids, batch.positions, keep, out)  # [B, V]
+            if self.decoder is not None:
+                logits = self.decoder.forward(ids, keep, out, overlay)  # [B, V]
+            else:
+                where = batch.positions if placed is None else placed.to(self._device)
+                logits = self.attached.own_forward(ids, where, keep, overlay)  # [B, V]
         finally:
             batch.clear()
         greedy = likeliest(logits)  # [B]
         self._chosen[: greedy.shape[0]] = greedy
         return StepOutput(logits, greedy, ids if keep is None else ids[keep])
-
-    def _logits(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        keep: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if self.decoder is not None:
-            return self.decoder.forward(ids, keep, out)  # [B, V]
-        whole = torch.arange(len(ids), device=ids.device) if keep is None else keep.long()
-        output = self.attached.model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=positions.long().unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=whole,
-        )
-        logits: torch.Tensor = output.logits
-        return logits[0]  # [B, V]
-
-    def _attention_batch(
-        self, packed: PackedStep, count: int, most: int, lists: Lists, widest: int
-    ) -> AttentionBatch:
-        return attention_batch(packed, self._planner, count, most, lists, widest)
 
     def _lora_step(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,13 +19,15 @@ class GpuRunning:
     rows: list[Row]
     choice: Choice | None  # of rank 0
     pooled: Pooled = field(default_factory=Pooled)
+    not_encoded: Mapping[str, Exception] = field(default_factory=dict)
 
     def read(self) -> StepResult:
         """Wait for this step, and for no other. On rank 0."""
         assert self.choice is not None
         sampled = self.choice.read()
         ids = (row.sequence_id for row in self.rows)
-        return StepResult(dict(zip(ids, sampled, strict=True)), self.pooled.read())
+        answers = dict(zip(ids, sampled, strict=True))
+        return StepResult(answers, self.pooled.read(), self.not_encoded)
 
 
 def event_behind_all() -> torch.cuda.Event:

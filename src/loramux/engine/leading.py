@@ -17,6 +17,7 @@ from loramux.engine.team import Team
 from loramux.errors import ConfigError
 from loramux.models.attach import Attached
 from loramux.models.loader import LoadedModel, load_model, pick_device
+from loramux.models.processor import MediaProcessor, load_processor
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Started:
     facts: ModelFacts
     runner: Runner | LeadingRunner
     team: Team | None
+    processor: MediaProcessor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,11 @@ def start(config: EngineConfig, make_runner: MakeRunner) -> Started:
     Raises ConfigError or UnsupportedModel."""
     if config.tensor_parallel_size == 1:
         loaded = load_model(config)
-        resolved = resolve(config, loaded.facts)
-        runner = make_runner(loaded.attached, resolved, loaded.facts)
-        return Started(loaded, resolved, loaded.facts, runner, None)
+        processor = _processor(config, loaded)
+        facts = replace(loaded.facts, modalities=_modalities(loaded, processor))
+        resolved = resolve(config, facts)
+        runner = make_runner(loaded.attached, resolved, facts)
+        return Started(loaded, resolved, facts, runner, None, processor)
     devices = rank_devices(config)
     threads = max(1, torch.get_num_threads() // len(devices))
     if devices[0] == "cpu":
@@ -109,6 +113,28 @@ def start(config: EngineConfig, make_runner: MakeRunner) -> Started:
         found = team.explain(error) if not isinstance(error, ConfigError) else error
         team.end()
         raise found from error
+
+
+def _processor(config: EngineConfig, loaded: LoadedModel) -> MediaProcessor | None:
+    """What makes prompts with media, where the model takes any. Random weights may come without."""
+    if loaded.attached.towers is None:
+        return None
+    source = config.tokenizer or config.model
+    try:
+        return load_processor(
+            *(source, config.revision, loaded.attached.model.config, config.chat_template)
+        )
+    except ConfigError:
+        if config.load_format == "dummy":
+            return None
+        raise
+
+
+def _modalities(loaded: LoadedModel, processor: MediaProcessor | None) -> tuple[str, ...]:
+    if (towers := loaded.attached.towers) is None:
+        return ()
+    prepared = towers.modalities if processor is None else processor.modalities
+    return tuple(sorted(towers.modalities & prepared))
 
 
 def _start_with(team: Team, config: EngineConfig, make_runner: MakeRunner) -> Started:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Many
 
 from loramux.engine.encoder_cache import Encode, EncoderCache, encoder_key
@@ -54,6 +55,23 @@ class MediaPlanner:
                 first = next(vectors_between(item, start, stop))[0]
                 return first - start
         return stop - start
+
+    def lost(self) -> None:
+        """A step failed, and nobody knows what it had encoded."""
+        if self.encoder is not None:
+            self.encoder.lose_all()
+
+    def not_encoded(self, keys: Collection[str], rows: Many[Row]) -> dict[int, str]:
+        """Vectors that did not come about: sequence -> the key that it waits for, of those in `rows`."""
+        if self.encoder is None or not keys:
+            return {}
+        self.encoder.lose(keys)
+        return {
+            row.sequence_id: key
+            for row in rows
+            for key, *_ in (row.media.vectors if row.media else ())
+            if key in keys
+        }
 
     def finish(self, rows: Many[Row]) -> tuple[tuple[Encode, ...], tuple[str, ...]]:
         """(what to encode before a step of `rows`, what to forget before that)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from loramux.adapters.weights import AdapterWeights, StoredExperts
 from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
 from loramux.config.memory import pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
+from loramux.engine.encoder_step import EncoderStep, StepMedia
 from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
 from loramux.engine.reading import Reading
 from loramux.errors import ConfigError
@@ -63,6 +64,7 @@ class Runner(ABC):
         self.group = attached.group
         self._deal = config.row_granule
         self._device = attached.device
+        self._sees_whole = facts.encoder is not None and facts.encoder.sees_whole
         dtype = getattr(torch, facts.dtype)
         self._plan = plan_memory(config, facts)
         self._taking = partial(_taking, config, facts)
@@ -99,6 +101,27 @@ class Runner(ABC):
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Keys and values of its tokens are in the cache when it returns."""
         return self.launch(plan).read()
+
+    def _make_encoder(self, ranks: Mapping[int, int]) -> EncoderStep | None:
+        """`ranks`: first pool row -> rank rows of the adapter there, as it changes."""
+        towers = self.attached.towers
+        whole = self._sees_whole
+        return None if towers is None else EncoderStep(towers, ranks, sees_whole=whole)
+
+    def _place(self, media: StepMedia) -> torch.Tensor | None:
+        """Where the step's tokens stand, if media count positions in three dimensions: [T] for the fused
+        decoder, whose angles are made ready, else [3, T]. On the host."""
+        if media.positions is None:
+            return None
+        three = torch.from_numpy(media.positions)  # [3, T]
+        if self.decoder is None:
+            return three
+        one = three[0].clone()  # [T]
+        odd = (three != three[0]).any(0).nonzero().squeeze(1)  # [K]
+        if len(odd):
+            first = self.decoder.set_positions(three[:, odd].to(self._device))
+            one[odd] = first + torch.arange(len(odd))  # [K]
+        return one
 
     @torch.inference_mode()
     def load(self, load: AdapterLoad, weights: AdapterWeights) -> None:

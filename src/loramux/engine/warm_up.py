@@ -18,7 +18,7 @@ from loramux.config.memory import pool_rank
 from loramux.engine.graphs import StepOutput
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
 from loramux.engine.packing import Members, runs_of
-from loramux.engine.plan import Row, SampleSpec
+from loramux.engine.plan import Row, RowMedia, SampleSpec
 from loramux.engine.sampler import Sampler
 from loramux.types import SamplingParams
 
@@ -107,6 +107,12 @@ def step_rows(limits: StepLimits, tokens: int) -> list[Row]:
         spec = _spec(temperature=0.0)
         rows.append(Row(count - 1 - index, (0,) * (1 + more), 0, (0,) * blocks, (), spec))
     return rows[::-1]
+
+
+def whole_row(block_size: int) -> Row:
+    """A row of an image whose tokens see all of it."""
+    media = RowMedia(whole=((0, block_size, block_size - 1),))
+    return Row(0, (0,) * block_size, 0, (0,), (), _spec(temperature=0.0), media=media)
 
 
 def with_members(rows: Sequence[Row], ranks: Mapping[int, int]) -> list[Row]:

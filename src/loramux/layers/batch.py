@@ -51,9 +51,9 @@ class Overlay:
     what is added to those rows behind that layer (Qwen3-VL's deepstack features)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class UniformLoRA:
-    """One composition for every row of whatever a layer is given: how an encoder's step is adapted.
+    """One composition for every row of an item, in whatever a layer is given: how encoders are adapted.
 
     `members` are (first pool row, scale) as a step's rows have them, `ranks` the rank rows that the
     adapter of each of these pool rows takes.

@@ -8,6 +8,7 @@ do not have, so such a model is refused by name.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -19,10 +20,11 @@ from loramux.adapters.heads import labels_of
 from loramux.config import LoRAConfig
 from loramux.errors import LoramuxError, UnsupportedModel
 from loramux.layers.attention import PagedAttention, attention_function
-from loramux.layers.batch import StepBatch
+from loramux.layers.batch import Overlay, StepBatch
 from loramux.layers.experts import Experts
 from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.layers.sharded import ShardedLinear
+from loramux.layers.tower import TowerLinear, TowerSlice, TowerStep
 from loramux.models.experts import (
     AttachedExperts,
     attach_experts,
@@ -31,14 +33,23 @@ from loramux.models.experts import (
     module_specs,
 )
 from loramux.models.layers import FusedDecoder
-from loramux.models.names import aliases_of
+from loramux.models.multimodal import Language, is_in, let_see_both_ways, linears_in
+from loramux.models.names import aliases_of, old_names
 from loramux.models.norms import fuse_norms
 from loramux.models.shards import Shards
+from loramux.models.tower_attention import attend_in_segments
+from loramux.models.towers import Towers
 from loramux.parallel import ALONE, Group
 from loramux.schema import ModelSchema, ModuleSpec
 
+logger = logging.getLogger(__name__)
+
 ATTENTION_NAME = "loramux_paged"
 LEFT_OUT = "this deployment's target_modules leave it out"
+TOWERS_OFF = (
+    "adapters on towers and connectors are served with --enable-tower-connector-lora only "
+    "(enable_tower_connector_lora is off)"
+)
 
 # Children of one module that share their input in every architecture we know; the probe checks it.
 SIBLINGS = (
@@ -75,6 +86,8 @@ class Attached:
     experts: list[Experts] = field(default_factory=list)
     decoder: FusedDecoder | None = None  # what runs instead of the model's own forward
     shards: Shards = field(default_factory=lambda: Shards(ALONE))
+    language: Language | None = None  # where it is a part of `model`
+    towers: Towers | None = None  # the other parts
 
     @property
     def group(self) -> Group:
@@ -83,6 +96,27 @@ class Attached:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def own_forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        overlay: Overlay | None = None,
+    ) -> torch.Tensor:
+        """Tokens [T] at `positions`, [T] or in three dimensions [3, T], through the model's own forward
+        -> logits [B, V] of rows `keep` [B], or of all where that is None. Media stand in `overlay`."""
+        if self.language is not None:
+            return self.language.forward(ids, positions.long(), keep, overlay)
+        assert overlay is None, "media for a model without towers. This is a bug."
+        output = self.model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.long().unsqueeze(0),
+            use_cache=False,
+            **({} if keep is None else {"logits_to_keep": keep.long()}),
+        )
+        logits: torch.Tensor = output.logits
+        return logits[0]  # [B, V]
 
 
 def register_attention() -> None:
@@ -96,14 +130,27 @@ def attach(
     """Wrap `model`, of which `shards` says what this rank holds, in place.
 
     Raises UnsupportedModel, naming what stands in the way."""
-    batch = StepBatch()
+    batch, step = StepBatch(), TowerStep()
     attached = Attached(model, batch, [], [], ModelSchema({}), shards=shards or Shards(ALONE))
+    attached.language = Language.of(model)
+    outside = [] if attached.language is None else attached.language.outside()
     for path, parent in list(model.named_modules()):
         for group in _groups(parent):
+            if is_in(_join(path, group[0]), outside):
+                continue
             for names in _alike(path, group, attached.shards):
                 _merge(parent, path, names, attached)
-    attentions = _attach_attention(model, batch)
-    fuse_norms(model)
+    attentions = _attach_attention(model, batch, outside)
+    let_see_both_ways(model, outside)
+    fuse_norms(model if attached.language is None else attached.language.decoder)
+    adapted = lora is not None and lora.enable_tower_connector_lora
+    if attached.language is not None:
+        attend_in_segments(model, attached.language.decoder)
+        attached.towers = Towers(model, attached.language, step, adapted=adapted)
+        if adapted:
+            _wrap_towers(attached, outside, step)
+    elif adapted:
+        logger.info("%s has no towers: LoRA on them means nothing", type(model).__name__)
     found = attach_experts(model, batch, lora, attached.shards)
     routers = attach_routers(model, batch, found)
     attached.names |= {name: (linear, 0) for name, linear in routers.items()}
@@ -114,7 +161,7 @@ def attach(
         detach_router(model, name)
         del attached.names[name]
     attached.attentions = _used(model, attentions)
-    _build_schema(attached, lora, found)
+    _build_schema(attached, lora, found, outside)
     attached.schema.refused.update(dict.fromkeys(idle, "this router's product is not served"))
     return attached
 
@@ -122,16 +169,11 @@ def attach(
 def probe(attached: Attached) -> None:
     """Three tokens through the whole model, without a cache: shapes, and who shares an input."""
     model = attached.model
-    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)  # [1, 3]
-    positions = torch.arange(3, device=model.device).unsqueeze(0)  # [1, 3]
+    ids = torch.zeros(3, dtype=torch.long, device=model.device)  # [3]
+    positions = torch.arange(3, device=model.device)  # [3]
     try:
         with torch.inference_mode():
-            output = model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=torch.tensor([2], device=model.device),
-            )
+            logits = attached.own_forward(ids, positions, torch.tensor([2], device=model.device))
     except LoramuxError:
         raise
     except Exception as error:
@@ -140,10 +182,10 @@ def probe(attached: Attached) -> None:
             f"{type(error).__name__}: {error}",
             field="model",
         ) from error
-    if output.logits.shape[:2] != (1, 1):
+    if len(logits) != 1:
         raise UnsupportedModel(
             f"{type(model).__name__} ignores logits_to_keep: it returned logits of "
-            f"{output.logits.shape[1]} positions where one was asked for",
+            f"{len(logits)} positions where one was asked for",
             field="model",
         )
 
@@ -184,6 +226,14 @@ def _merge(parent: nn.Module, path: str, group: list[str], attached: Attached) -
         attached.names[names[index]] = (merged, index)
 
 
+def _wrap_towers(attached: Attached, outside: list[str], step: TowerStep) -> None:
+    """Let every plain linear layer outside the language model carry adapters."""
+    for name, linear in list(linears_in(attached.model, outside)):
+        merged = TowerLinear(linear, step)
+        attached.model.set_submodule(name, TowerSlice(merged, 0))
+        attached.names[name] = (merged, 0)
+
+
 def _linear(linears: list[nn.Linear], names: list[str], attached: Attached) -> MergedLinear:
     """`linears`, called `names`, as one."""
     shards = attached.shards
@@ -193,7 +243,9 @@ def _linear(linears: list[nn.Linear], names: list[str], attached: Attached) -> M
     return ShardedLinear(linears, attached.batch, cuts, shards.group, fully=shards.fully)
 
 
-def _attach_attention(model: PreTrainedModel, batch: StepBatch) -> list[PagedAttention]:
+def _attach_attention(
+    model: PreTrainedModel, batch: StepBatch, outside: list[str]
+) -> list[PagedAttention]:
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if odd := sorted(OTHER_KEYS.intersection(types)):
         raise UnsupportedModel(
@@ -202,7 +254,9 @@ def _attach_attention(model: PreTrainedModel, batch: StepBatch) -> list[PagedAtt
             field="model",
         )
     attentions = []
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if is_in(name, outside):
+            continue
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal"):
             if not module.is_causal:
                 raise UnsupportedModel(
@@ -254,9 +308,12 @@ def _split_unshared(attached: Attached) -> None:
 
 
 def _build_schema(
-    attached: Attached, lora: LoRAConfig | None, found: list[AttachedExperts]
+    attached: Attached,
+    lora: LoRAConfig | None,
+    found: list[AttachedExperts],
+    outside: list[str],
 ) -> None:
-    """Say what an adapter may bind to, and why not to the rest."""
+    """Say what an adapter may bind to, and why not to the rest; `outside` is not the language model."""
     model = attached.model
     output = model.get_output_embeddings()
     modules: dict[str, ModuleSpec] = {}
@@ -278,8 +335,12 @@ def _build_schema(
                 modules[name] = ModuleSpec(name, *whole, site_of[id(merged)], index)
         elif isinstance(module, nn.Embedding):
             refused[name] = "LoRA on embeddings is not served yet"
+        elif type(module) is nn.Linear and is_in(name, outside):
+            refused[name] = TOWERS_OFF
         elif isinstance(module, nn.Linear):
             refused[name] = f"{type(module).__name__} is no plain linear layer"
+        elif is_in(name, outside) and _is_a_matrix(module):
+            refused[name] = "LoRA on a parameter that is in no linear layer is not served"
     experts = {}
     for one in found:
         specs = list(module_specs(one, len(attached.sites) + 2 * len(attached.experts)))
@@ -293,12 +354,24 @@ def _build_schema(
         attached.experts.append(one.experts)
         experts[one.name] = replace(one.spec, aliases=tuple(aliases_of(model, one.name)))
     _check_targets_exist(lora, modules)
-    aliases = {alias: name for name in modules for alias in aliases_of(model, name)}
-    text = model.config.get_text_config()
-    labels = labels_of(getattr(model.config, "id2label", None))
+    names = modules | refused
+    if attached.language is None:
+        aliases = {alias: name for name in modules for alias in aliases_of(model, name)}
+    else:
+        aliases = old_names(model, names)
     attached.schema = ModelSchema(
-        *(modules, refused, experts, aliases), hidden_size=int(text.hidden_size), labels=labels
+        *(modules, refused, experts, aliases),
+        towers=frozenset(name for name in names if is_in(name, outside)),
+        hidden_size=int(model.config.get_text_config().hidden_size),
+        labels=labels_of(getattr(model.config, "id2label", None)),
     )
+
+
+def _is_a_matrix(module: nn.Module) -> bool:
+    """Whether it multiplies by a parameter of its own, as Gemma 3's connector does."""
+    own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 2]
+    inside = any(isinstance(child, nn.Linear) for child in module.children())
+    return bool(own) and not inside and not isinstance(module, nn.Embedding)
 
 
 def _is_target(name: str, targets: list[str] | None) -> bool:

@@ -39,14 +39,25 @@ def materialise(model: PreTrainedModel, device: str) -> None:
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):
             kind: Callable[..., nn.Module] = type(module)
-            model.set_submodule(name, kind(config=text).to(device))
+            config = getattr(module, "config", text)  # of an encoder it is another
+            model.set_submodule(name, kind(config=config).to(device))
         elif buffers := dict(module.named_buffers(recurse=False)):
             for buffer, value in buffers.items():
                 module._buffers[buffer] = torch.empty_like(value, device=device)
             for parameter in module.parameters(recurse=False):
                 setattr(parameter, HF_FLAG, True)
             with torch.no_grad():
-                model._init_weights(module)
+                _owner(model, name)._init_weights(module)
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model of transformers' around the module `name`, which knows its constants."""
+    owner, inner = model, ""
+    for part in name.split("."):
+        inner = f"{inner}.{part}" if inner else part
+        module = model.get_submodule(inner)
+        owner = module if isinstance(module, PreTrainedModel) else owner
+    return owner
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from loramux.kernels import Activation, rms_norm
 from loramux.layers.linear import LinearSlice, MergedLinear
@@ -63,7 +62,7 @@ def fuse(attached: Attached, num_positions: int, extra_rows: int = 0) -> FusedDe
 
 
 def _take_apart(attached: Attached, num_positions: int, extra_rows: int) -> FusedDecoder:
-    body = _get(attached.model, "model")
+    body = _body(attached)
     layers = _get(body, "layers")
     text = attached.model.config.get_text_config()
     names = [getattr(text, name, None) for name in ("hidden_act", "hidden_activation")]
@@ -87,11 +86,19 @@ def _take_apart(attached: Attached, num_positions: int, extra_rows: int) -> Fuse
         head=attached.model.get_output_embeddings(),
         tables=tables,
         batch=attached.batch,
-        softcap=float(getattr(text, "final_logit_softcapping", None) or 0.0),
+        # In a multimodal model the head stands outside, and nothing is done to what it gives.
+        softcap=0.0
+        if attached.language
+        else float(getattr(text, "final_logit_softcapping", None) or 0.0),
         mrope=mrope,
         num_positions=num_positions,
         extra_rows=extra_rows,
     )
+
+
+def _body(attached: Attached) -> Any:
+    """What holds the layers."""
+    return attached.language.decoder if attached.language else _get(attached.model, "model")
 
 
 def _layer(
@@ -244,7 +251,7 @@ def _compare(attached: Attached, decoder: FusedDecoder) -> None:
     with small_cache(attached), small_step(attached, 0, CHECKED_TOKENS):
         attached.batch.positions = _place(decoder, positions)  # [T]
         with choices.kept():
-            expected, seen = _own_forward(model, ids, positions)  # [T, V]
+            expected, seen = _own_forward(attached, ids, positions)  # [T, V]
         for index, (layer, (x, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
             norm = layer.before_attention
             normed = rms_norm(x, norm.weight, norm.eps, norm.mode)  # [T, D]
@@ -281,7 +288,7 @@ def _place(decoder: FusedDecoder, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _own_forward(
-    model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor
+    attached: Attached, ids: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """The model's own logits [T, V] at `positions` [T] or [3, T], and what went in and came out of each
     layer, [T, D] each."""
@@ -292,16 +299,14 @@ def _own_forward(
         after = output[0] if isinstance(output, tuple) else output  # [1, T, D]
         seen.append((before[0].clone(), after[0].clone()))
 
-    layers: Any = model.model.layers
+    layers: Any = _body(attached).layers
     hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers]
     try:
-        output = model(
-            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(-2), use_cache=False
-        )
+        logits = attached.own_forward(ids, positions)  # [T, V]
     finally:
         for hook in hooks:
             hook.remove()
-    return output.logits[0], seen
+    return logits, seen
 
 
 def _check_layer(

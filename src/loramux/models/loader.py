@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,6 +20,7 @@ from transformers import (
 
 from loramux.adapters.heads import Head
 from loramux.config import EngineConfig, ModelFacts
+from loramux.config.engine import step_tokens
 from loramux.config.memory_advice import weights_do_not_fit
 from loramux.errors import ConfigError, UnsupportedModel
 from loramux.models.attach import ATTENTION_NAME, Attached, attach, register_attention
@@ -30,6 +30,13 @@ from loramux.models.fuse import fuse
 from loramux.models.heads import is_classifier, no_embeddings, read_head
 from loramux.models.hidden import check_hidden
 from loramux.models.measure import measure
+from loramux.models.multimodal import (
+    attention_setting,
+    is_multimodal,
+    language_config,
+    model_class,
+    refusals,
+)
 from loramux.models.proof import check_paging
 from loramux.models.shards import Shards, cut_model
 from loramux.parallel import ALONE, Group, PlannedGroup
@@ -83,7 +90,7 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
     Raises ConfigError when it cannot be read and UnsupportedModel when it cannot be entered.
     """
     device = pick_device(config.device)
-    hf_config = read_config(config.model, config.revision)
+    hf_config = read_config(config.model, config.revision, config.tensor_parallel_size)
     positions, reason = _max_positions(hf_config)
     with refused_when_full(device, partial(_weights_refused, config, hf_config, device)):
         if config.load_format == "dummy" or group.size > 1:
@@ -94,7 +101,8 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
         model.eval().requires_grad_(False)
         attached = attach(model, config.lora, shards)
         check_paging(attached)
-        attached.decoder = fuse(attached, min(config.max_model_len or positions, positions))
+        length = min(config.max_model_len or positions, positions)
+        attached.decoder = fuse(attached, length, step_tokens(config, on_gpu=device != "cpu"))
     facts = measure(attached, config, device, device_memory(device), (positions, reason))
     text = hf_config.get_text_config()
     return LoadedModel(
@@ -106,7 +114,9 @@ def load_model(config: EngineConfig, group: Group = ALONE) -> LoadedModel:
     )
 
 
-def read_config(model: str, revision: str | None) -> PreTrainedConfig:
+def read_config(
+    model: str, revision: str | None, tensor_parallel_size: int = 1
+) -> PreTrainedConfig:
     """The model's configuration, refused early where the kind of model is not served."""
     if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
         raise ConfigError(f"the model folder {model!r} does not exist", field="model")
@@ -118,15 +128,15 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
             field="model",
             remedy="give a local folder with config.json, or a Hub id that can be reached",
         ) from error
+    quantised = getattr(config, "quantization_config", None)
+    config = language_config(config)
     reasons = []
     if config.is_encoder_decoder:
         reasons.append("it is an encoder-decoder model")
-    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
-        reasons.append("it is multimodal, which is not served yet")
-    if getattr(config, "quantization_config", None):
+    if quantised or getattr(config, "quantization_config", None):
         reasons.append("its weights are quantised, which is not served yet")
-    if config.get_text_config().model_type != config.model_type and not reasons:
-        reasons.append("its language model is part of a larger one")
+    if is_multimodal(config) and not config.is_encoder_decoder:
+        reasons += refusals(config, tensor_parallel_size)
     if reasons:
         raise UnsupportedModel(
             f"{config.model_type} model {model!r} is not served: {'; '.join(reasons)}",
@@ -150,12 +160,12 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
     register_attention()
     dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = model_class(hf_config).from_pretrained(
             _local(config.model),
             revision=config.revision,
             config=hf_config,
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=attention_setting(hf_config, ATTENTION_NAME),
             output_loading_info=True,
             use_safetensors=True if config.load_format == "safetensors" else None,
         )
@@ -172,7 +182,17 @@ def _from_pretrained(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTr
             f"the checkpoint {config.model!r} lacks {len(missing)} weights, {missing[0]} among them",
             field="model",
         )
+    _take_off_adapters(model)
     return model
+
+
+def _take_off_adapters(model: PreTrainedModel) -> None:
+    """Where an adapter lies beside the weights, as in Granite-Speech's folders, transformers puts it on
+    the model if PEFT is there. It is one like any other: a request names it, or does not."""
+    for name, module in list(model.named_modules()):
+        inner = getattr(module, "base_layer", None)
+        if inner is not None and type(module).__module__.startswith("peft."):
+            model.set_submodule(name, inner)
 
 
 def _in_parts(
@@ -195,7 +215,8 @@ def _in_parts(
 
 def _dtype(config: EngineConfig, hf_config: PreTrainedConfig) -> torch.dtype:
     """What the weights will be in, as far as the configuration says."""
-    declared = getattr(hf_config, "dtype", None) or torch.float32
+    configs = (hf_config, hf_config.get_text_config())
+    declared = next((c.dtype for c in configs if getattr(c, "dtype", None)), torch.float32)
     dtype: torch.dtype = declared if config.dtype == "auto" else getattr(torch, config.dtype)
     return dtype
 
@@ -206,9 +227,12 @@ def _on_meta(config: EngineConfig, hf_config: PreTrainedConfig) -> PreTrainedMod
     try:
         # transformers sets torch's default dtype while it builds, for all threads.
         with _BUILDING, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=ATTENTION_NAME, dtype=_dtype(config, hf_config)
+            model: PreTrainedModel = model_class(hf_config).from_config(
+                hf_config,
+                attn_implementation=attention_setting(hf_config, ATTENTION_NAME),
+                dtype=_dtype(config, hf_config),
             )
+            return model
     except (ValueError, KeyError) as error:
         raise _cannot_enter(config, hf_config, error) from error
 
@@ -261,6 +285,9 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     for source in (model.generation_config, model.config):
         value = getattr(source, "eos_token_id", None)
         ids.update([value] if isinstance(value, int) else value or [])
+    if not ids:  # a multimodal model may say it of its language model only
+        value = getattr(model.config.get_text_config(), "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or [])
     return frozenset(ids)
 
 
@@ -272,7 +299,10 @@ def _pad_id(model: PreTrainedModel) -> int | None:
 def load_schema(config: EngineConfig) -> Attached:
     """The model's structure without its weights, for checking adapters: no memory, no download of
     weights. Raises as `load_model` does."""
-    return attach(_on_meta(config, read_config(config.model, config.revision)), config.lora)
+    return attach(
+        _on_meta(config, read_config(config.model, config.revision, config.tensor_parallel_size)),
+        config.lora,
+    )
 
 
 def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str) -> ModelFacts:
@@ -280,7 +310,7 @@ def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str
     configuration alone. `memory` is what the device has before. Raises as `load_model` does.
 
     Of several ranks they are those of rank 0, which has most."""
-    hf_config = read_config(config.model, config.revision)
+    hf_config = read_config(config.model, config.revision, config.tensor_parallel_size)
     positions, reason = _max_positions(hf_config)
     model = _on_meta(config, hf_config)
     shards = cut_model(model, PlannedGroup(0, config.tensor_parallel_size), config.lora)
@@ -288,8 +318,12 @@ def facts_before_loading(config: EngineConfig, memory: DeviceMemory, device: str
     facts = measure(attached, config, device, memory, (positions, reason))
     text = hf_config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    table = min(config.max_model_len or positions, positions) * head * facts.widths.itemsize
-    weights = facts.weight_bytes + table
+    rows = min(config.max_model_len or positions, positions)
+    if attached.language is not None and attached.language.mrope:
+        rows += step_tokens(config, on_gpu=facts.on_gpu)
+    table = rows * head * facts.widths.itemsize
+    tables = len(set(getattr(text, "layer_types", None) or [""]))  # as `fuse` makes them
+    weights = facts.weight_bytes + tables * table
     if weights > memory.free:
         raise weights_do_not_fit(device, weights, memory.free)
     return replace(facts, weight_bytes=weights, free_bytes=memory.free - weights)

@@ -8,11 +8,12 @@ from itertools import chain
 import torch
 
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.facts import Widths
+from loramux.config.facts import EncoderFacts, Widths
 from loramux.config.graphs import GPU_STEP
 from loramux.config.memory import captured_sizes
 from loramux.kernels.flashinfer_sizes import Shape, workspace_bytes
 from loramux.layers.linear import MergedLinear
+from loramux.layers.tower import TowerLinear
 from loramux.models.attach import Attached
 from loramux.models.device_memory import DeviceMemory
 
@@ -41,6 +42,7 @@ def measure(
         weight_bytes=weight_bytes(attached),
         attention_bytes=_attention_bytes(attached, config) if device.startswith("cuda") else 0,
         widths=_widths(attached),
+        encoder=_encoder(attached),
         row_granule=config.row_granule,
     )
 
@@ -80,6 +82,12 @@ def _tables(attached: Attached) -> Iterator[torch.Tensor]:
         yield from attached.decoder.tables.values()
 
 
+def _encoder(attached: Attached) -> EncoderFacts | None:
+    if (towers := attached.towers) is None:
+        return None
+    return EncoderFacts(towers.vector_bytes, towers.work_bytes, towers.sees_whole)
+
+
 def _kv_bytes(attached: Attached) -> int:
     """Bytes of K and V of one token over all layers."""
     total = 0
@@ -93,7 +101,10 @@ def _kv_bytes(attached: Attached) -> int:
 def _widths(attached: Attached) -> Widths:
     text = attached.model.config.get_text_config()
     linears = {id(merged): merged for merged, _ in attached.names.values()}
-    layers: list[MergedLinear] = [m for m in linears.values() if m is not attached.head]
+    # What encoders take is no part of a step.
+    layers: list[MergedLinear] = [
+        m for m in linears.values() if m is not attached.head and not isinstance(m, TowerLinear)
+    ]
     # On the meta device nothing is fused, for nothing can be compared: the usual case is planned.
     planned = attached.model.device.type == "meta"
     return Widths(

@@ -5,12 +5,20 @@ All of it is read off transformers' own conversion mapping, by which it loads su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 
 def _conversions(model: PreTrainedModel) -> list[Any]:
@@ -52,6 +60,29 @@ def aliases_of(model: PreTrainedModel, name: str) -> Iterator[str]:
             padded = f".{name}."
             if old and new and f".{new}." in padded:
                 yield padded.replace(f".{new}.", f".{old}.").strip(".")
+
+
+def old_names(model: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
+    """What checkpoints of a multimodal model, and so old adapters, call its modules `names` -> the name.
+
+    Every renaming that transformers does to such checkpoints, of whichever part of the model, is undone
+    or left alone; what transformers would make the name of again is an old name. One that would serve
+    for two modules is none."""
+    forward = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    backward = [conversion.reverse_transform() for conversion in reversed(forward)]
+    prefix = model.base_model_prefix
+    there = {f"{name}.weight": name for name in names}
+    found: dict[str, set[str]] = {}
+    for key, name in there.items():
+        candidates = {key, key.removeprefix(f"{prefix}.")}
+        for renaming in backward:
+            candidates |= {renaming.rename_source_key(old)[0] for old in candidates}
+        candidates |= {f"{prefix}.{old}" for old in candidates if not old.startswith(f"{prefix}.")}
+        for old in sorted(candidates - there.keys()):
+            new, _ = rename_source_key(old, forward, [], prefix, there)
+            if new == key:
+                found.setdefault(old.removesuffix(".weight"), set()).add(name)
+    return {old: whose.pop() for old, whose in found.items() if len(whose) == 1}
 
 
 def _plain(pattern: str) -> str:

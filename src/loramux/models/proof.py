@@ -40,16 +40,17 @@ def check_paging(attached: Attached) -> None:
     with small_cache(attached), choices.kept():
         for start, end in ((0, FIRST), (FIRST, ALL)):
             with small_step(attached, start, end):
-                got = _logits(model, ids[start:end], start)  # [T', V]
+                places = torch.arange(start, end, device=ids.device)  # [T']
+                got = attached.own_forward(ids[start:end], places).float()  # [T', V]
     try:
-        model.set_attn_implementation("eager")
+        _set_attention(attached, "eager")
         with choices.repeated(own=attached.group.size == 1):
-            expected = _logits(model, ids, 0)[FIRST:]  # [T', V]
+            expected = _logits(model, ids)[FIRST:]  # [T', V]
     except Exception:  # some model without attention of its own; nothing to compare with
         logger.warning("what the model computes could not be compared with its own", exc_info=True)
         return
     finally:
-        model.set_attn_implementation(ATTENTION_NAME)
+        _set_attention(attached, ATTENTION_NAME)
     tiny = torch.finfo(torch.float32).tiny  # weights may be all zero
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(tiny)  # [T']
     most = MOST_ERROR_FP32 if model.dtype == torch.float32 else MOST_ERROR
@@ -63,9 +64,16 @@ def check_paging(attached: Attached) -> None:
         )
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Of tokens [T] from position `start` on: [T, V] float32."""
-    positions = torch.arange(start, start + len(ids), device=ids.device)  # [T]
+def _set_attention(attached: Attached, name: str) -> None:
+    if attached.language is None:
+        attached.model.set_attn_implementation(name)
+    else:
+        attached.language.attend_through(name)
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """What the whole model makes of tokens [T] from position 0 on: [T, V] float32."""
+    positions = torch.arange(len(ids), device=ids.device)  # [T]
     output = model(input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)
     return output.logits[0].float()  # [T, V]
 

@@ -35,6 +35,11 @@ ENGINE_COUNTERS = {
     "preemptions": ("loramux_preemptions", "Requests put back because blocks ran out."),
     "prefix_queries": ("loramux_prefix_cache_queries", "Tokens looked up in the prefix cache."),
     "prefix_hits": ("loramux_prefix_cache_hits", "Tokens found in the prefix cache."),
+    "media_queries": (
+        "loramux_encoder_cache_queries",
+        "Images, sounds and videos that steps needed.",
+    ),
+    "media_hits": ("loramux_encoder_cache_hits", "Of these, those whose vectors were kept."),
     "device_loads": ("loramux_adapter_device_loads", "Adapters copied to the device."),
     "device_evictions": ("loramux_adapter_device_evictions", "Adapters evicted from the device."),
     "host_loads": ("loramux_adapter_host_loads", "Adapters read into host memory."),
