@@ -196,6 +196,12 @@ class Registry:
                 self._set_pin(name, False)
             self._repin()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Nobody else changes or takes a version meanwhile; keep it short."""
+        with self._lock:
+            yield
+
     # --- users ---------------------------------------------------------------------------------
 
     def acquire(self, uses: Sequence[AdapterUse]) -> tuple[tuple[AdapterRef, float], ...]:

@@ -34,7 +34,7 @@ from loramux.adapters.weights import AdapterSource, AdapterWeights
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterLoadFailed, AdapterRejected, LoramuxError
 from loramux.schema import ModelSchema
-from loramux.types import AdapterPlace, AdapterRef, AdapterStatus
+from loramux.types import AdapterEventKind, AdapterPlace, AdapterRef, AdapterStatus
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +173,15 @@ class AdapterStore:
         staged = self._staged.pop(name)
         ref, load_s = staged.weights.ref, staged.load_s
         with staged.claim:
-            self._install(staged)  # before: requests may come at once
+            self._install(staged)  # now, since to free what it evicts may take long
             try:
-                ref = self.registry.publish(
-                    ref, load_s, expected=staged.expected, pinned=staged.pinned
-                )
-                self._install(staged)  # again: an equal version may have gone while this one came
-                self._adopt_folder(ref)
-                self.feed.tell("host-loaded", name, ref.digest)
+                with self.registry.unchanged():
+                    self.registry.publish(
+                        ref, load_s, expected=staged.expected, pinned=staged.pinned
+                    )
+                    self._install(staged)  # an equal version may have gone while this one came
+                    self._adopt_folder(ref)
+                    self._tell("host-loaded", ref.digest)
             finally:
                 self._forget_unless_served(ref.digest)
         self._report(ref, load_s)
@@ -222,8 +223,17 @@ class AdapterStore:
 
     def evicted(self, digest: str, place: AdapterPlace) -> None:
         """Tell listeners that a version has left a place."""
-        ref = self.registry.version(digest)
-        self.feed.tell("evicted", ref.name if ref else "", digest, place=place)
+        self._tell("evicted", digest, place)
+
+    def on_device(self, digest: str) -> None:
+        """Tell listeners that a version has arrived on the device."""
+        self._tell("device-loaded", digest)
+
+    def _tell(self, kind: AdapterEventKind, digest: str, place: AdapterPlace | None = None) -> None:
+        """Nothing comes of a version that is gone."""
+        with self.registry.unchanged():
+            if (ref := self.registry.version(digest)) is not None:
+                self.feed.tell(kind, ref.name, digest, place=place)
 
     def close(self) -> None:
         for threads in (self._reader, self._checker):
@@ -266,10 +276,11 @@ class AdapterStore:
 
     def _forget_unless_served(self, digest: str) -> None:
         """What was kept for a version that has gone meanwhile, or never came, would stay for ever."""
-        if self.registry.version(digest) is None:
-            self.host.drop(digest)
-            self._sources.pop(digest, None)
-            self._heads.pop(digest, None)
+        with self.registry.unchanged():
+            if self.registry.version(digest) is None:
+                self.host.drop(digest)
+                self._sources.pop(digest, None)
+                self._heads.pop(digest, None)
 
     def _adopt_folder(self, ref: AdapterRef) -> None:
         """A folder of ours goes with its version, or when the same version comes from another one."""
@@ -301,7 +312,7 @@ class AdapterStore:
         ref = self.registry.version(ref.digest) or ref  # its newest source
         weights = self._read_again(ref) or self._read_and_compare(ref)
         self._keep_on_host(ref.digest, weights)
-        self.feed.tell("host-loaded", ref.name, ref.digest)
+        self._tell("host-loaded", ref.digest)
         self._forget_unless_served(ref.digest)
         self._report(ref, time.perf_counter() - start)
         return weights

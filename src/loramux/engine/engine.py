@@ -373,7 +373,7 @@ class Engine:
         if failure is None:
             self._totals.device_loads += 1
             self.scheduler.loaded(ref.digest)
-            self.require_store().feed.tell("device-loaded", ref.name, ref.digest)
+            self.require_store().on_device(ref.digest)
         else:
             for answer in self.scheduler.load_failed(ref.digest):
                 self._end(answer, failure)
