@@ -8,6 +8,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # More arguments for `serve`, `test` (pytest) and `bench`: make test ARGS="-k pool -x"
 ARGS ?=
+# Hostile adapters that `make fuzz` tries.
+CASES ?= 20000
 # Where torch comes from, if not from pip's usual index. On Linux without a GPU this saves
 # gigabytes: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -18,7 +20,7 @@ ADAPTERS := $(patsubst %/adapter_config.json,%,$(sort $(wildcard examples/adapte
 LORA_MODULES := $(foreach path,$(ADAPTERS),$(notdir $(path))=$(path))
 CODE := src tests bench docs examples
 
-.PHONY: help install serve test fmt check bench sanitize docs clean
+.PHONY: help install serve test fuzz fmt check bench sanitize docs clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,6 +35,9 @@ serve: .venv/.runtime ## Serve the demo model with the demo adapters (HOST, PORT
 
 test: .venv/.installed ## Run all tests, lint and types included
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: .venv/.installed ## Try 20,000 hostile adapters on the reader (CASES, ARGS); minutes, for every night
+	LORAMUX_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/unit/test_adapter_fuzz.py $(ARGS)
 
 fmt: .venv/.installed ## Format the code and repair what lint can repair
 	$(BIN)/ruff format $(CODE)

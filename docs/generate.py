@@ -42,7 +42,7 @@ TAIL = f"""
 
 | variable | meaning |
 |---|---|
-| `LORAMUX_CACHE` | Where the demo model is kept, instead of `~/.cache/loramux`. |
+| `LORAMUX_CACHE` | Where downloaded adapters, kernels and the demo model are kept, instead of `~/.cache/loramux`. |
 | `LORAMUX_CPU_KERNELS` | `reference` runs the plain torch twins of the CPU kernels. |
 | `LORAMUX_DEBUG` | `1` shows the traceback of an error that the command line would print in one line. |
 | `{DUAL_STREAM_VARIABLE}` | `1` runs the shrink of linear layers on a second CUDA stream, beside the base product. Refused off CUDA; no effect with `fully_sharded_loras`, on experts and on routers. |

@@ -1,4 +1,4 @@
-"""`loramux serve | plan | bench | adapter check`: flags made from the settings, errors in one line.
+"""`loramux serve | plan | bench | adapter ...`: flags made from the settings, errors in one line.
 
 Every field of the settings is a flag of the same name; where vLLM's flag is named otherwise, that
 name is used. Only flags that were given reach the settings, whose defaults then apply.
@@ -26,7 +26,7 @@ from loramux.config import (
 )
 from loramux.config.neutral import ANYTHING, NEUTRAL, drop_neutral
 from loramux.config.other_names import other_names
-from loramux.errors import AdapterRejected, ConfigError, LoramuxError
+from loramux.errors import ConfigError, LoramuxError
 
 if TYPE_CHECKING:
     from loramux.server.run import AdapterSource
@@ -87,6 +87,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from loramux.adapter_commands import add_adapter_commands
+
     parser = _Parser(
         prog="loramux", description="One base model, many LoRA adapters.", allow_abbrev=False
     )
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     commands.add_parser("bench", help="measure throughput and latency", add_help=False)
     adapter = commands.add_parser("adapter", help="work with adapter folders", allow_abbrev=False)
-    _add_check(adapter.add_subparsers(required=True, metavar="COMMAND"))
+    add_adapter_commands(adapter.add_subparsers(required=True, metavar="COMMAND"))
     return parser
 
 
@@ -156,16 +158,6 @@ def _add_plan(commands: Any) -> None:
         keywords["help"] = f"The same as {flag_of(name)}."
         lora.add_argument(flag, dest=name, default=argparse.SUPPRESS, **keywords)
     add_flags(lora, LoRAConfig)
-
-
-def _add_check(commands: Any) -> None:
-    check = commands.add_parser(
-        "check", help="say what each tensor of an adapter binds to", allow_abbrev=False
-    )
-    check.set_defaults(command=_check)
-    check.add_argument("path", metavar="PATH", help="the adapter's folder")
-    check.add_argument("--model", required=True, help="local path or Hub id of the base model")
-    add_flags(check.add_argument_group("LoRA"), LoRAConfig)
 
 
 def _add_neutral(parser: argparse.ArgumentParser) -> None:
@@ -382,22 +374,4 @@ def _plan(given: argparse.Namespace) -> int:
         how = "Without" if config.lora.fully_sharded_loras else "With"
         size = sizes.format_size(other)
         console.print(f"{how} --fully-sharded-loras the adapter pool takes {size} a rank.")
-    return 0
-
-
-def _check(given: argparse.Namespace) -> int:
-    """Print what each tensor binds to (0), or every reason for the refusal (1)."""
-    config = settings_from(LoRAConfig, given)
-    from loramux.llm import check_adapter
-
-    try:
-        report = check_adapter(given.path, given.model, config)
-    except AdapterRejected as error:
-        print(f"adapter {error.adapter!r} is refused:")
-        for reason in error.reasons:
-            print(f"  - {reason}")
-        if error.remedy:
-            print(f"remedy: {error.remedy}")
-        return EXIT_REFUSED
-    print(report.format())
     return 0

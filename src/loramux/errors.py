@@ -20,6 +20,7 @@
         │   └── ReplicaLost             the replica that had the request is gone; others are there
         ├── AdapterLoadFailed           an adapter that was accepted can no longer be read
         ├── AdapterUnloaded             the adapter was unloaded, and the time to drain is over
+        ├── SourceUnavailable           where an adapter comes from gave nothing, or not in time
         └── Overloaded                  the queue is full; try again later
 
 All of them survive pickling, so they may cross a process boundary unchanged.
@@ -28,6 +29,9 @@ All of them survive pickling, so they may cross a process boundary unchanged.
 from __future__ import annotations
 
 from typing import Any
+
+MOST_REASONS = 64
+MOST_CHARACTERS = 600  # of one reason
 
 
 class LoramuxError(Exception):
@@ -51,6 +55,16 @@ def _rebuild(kind: type[LoramuxError], state: dict[str, Any]) -> LoramuxError:
     Exception.__init__(error, state["message"])
     error.__dict__.update(state)
     return error
+
+
+def _shown(text: str) -> str:
+    """`text` as a log or a terminal may have it."""
+    if len(text) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2 - 2  # the why stands at the end
+        text = f"{text[:half]}...{text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RequestError(LoramuxError, ValueError):
@@ -90,11 +104,16 @@ class PinRefused(RequestError):
 
 
 class AdapterRejected(RequestError):
-    """The files are no adapter that can be served as it is; `reasons` lists every cause found."""
+    """The files are no adapter that can be served as it is; `reasons` lists every cause found.
+
+    Reasons quote the files of strangers: what cannot be printed is escaped, and both their length and
+    their number are bounded."""
 
     def __init__(self, name: str, reasons: list[str], *, remedy: str | None = None):
         self.adapter = name
-        self.reasons = list(reasons)
+        self.reasons = [_shown(reason) for reason in reasons[:MOST_REASONS]]
+        if len(reasons) > MOST_REASONS:
+            self.reasons.append(f"and {len(reasons) - MOST_REASONS} more reasons")
         listed = "; ".join(self.reasons)
         super().__init__(f"adapter {name!r} is refused: {listed}", field="lora_path", remedy=remedy)
 
@@ -137,6 +156,10 @@ class AdapterLoadFailed(EngineError):
 
 class AdapterUnloaded(EngineError):
     """The request was not finished when its adapter, which was unloaded, had to go."""
+
+
+class SourceUnavailable(EngineError):
+    """Where an adapter comes from (the Hub, a bucket) gave nothing, or not in time."""
 
 
 class Overloaded(EngineError):

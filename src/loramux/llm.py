@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.progress import Progress
 
-from loramux.adapters.peft import read_adapter
-from loramux.adapters.report import BindingReport
-from loramux.config import EngineConfig, LoRAConfig
+from loramux.config import EngineConfig
 from loramux.config.keywords import engine_config
+from loramux.engine.adapter_check import check_adapter as check_adapter
+from loramux.engine.adapter_check import check_deltas_of as check_deltas_of
 from loramux.engine.default_adapters import (
     MARK,
     choose_adapters,
@@ -27,8 +25,8 @@ from loramux.engine.default_adapters import (
 from loramux.engine.engine import Engine
 from loramux.engine.memory_table import show
 from loramux.engine.pooling_outputs import ClassificationRequestOutput, EmbeddingRequestOutput
+from loramux.engine.resolving import load_first, resolver_of
 from loramux.errors import ConfigError, InvalidField, LoramuxError
-from loramux.models.loader import load_schema
 from loramux.offline_arguments import (
     Encoded,
     LoRA,
@@ -105,6 +103,7 @@ class LLM:
             show(self.engine.memory)
         self._ids = itertools.count()
         self._paths: dict[str, str] = {}
+        self._resolver = resolver_of(self.config.lora)
         self._media = OfflineMedia(self.config.media, self.engine.media.modalities)
         try:
             self._defaults = self._load_defaults()
@@ -351,24 +350,15 @@ class LLM:
             known = store.registry.current(lora.lora_name)
             moved = bool(lora.lora_path) and self._paths.get(lora.lora_name) != lora.lora_path
             if known is None or moved or lora.load_inplace:
+                if known is None and not lora.lora_path and self._resolver is not None:
+                    load_first(lora.lora_name, self._resolver, self.engine.add_adapter)
+                    continue
                 if not lora.lora_path:
                     raise InvalidField(
                         f"LoRARequest {lora.lora_name!r} has no lora_path", field="lora_request"
                     )
                 self.engine.add_adapter(lora.lora_name, lora.lora_path, replace=known is not None)
                 self._paths[lora.lora_name] = lora.lora_path
-
-
-def check_adapter(path: str, model: str, lora: LoRAConfig | None = None) -> BindingReport:
-    """Which tensor of the adapter in `path` binds to which module of `model`, without loading it.
-
-    Raises AdapterRejected with every reason when loramux would refuse it.
-    """
-    lora = lora or LoRAConfig()
-    schema = load_schema(EngineConfig(model=model, lora=lora)).schema
-    dtype = torch.float32 if lora.lora_dtype == "auto" else getattr(torch, lora.lora_dtype)
-    _, report = read_adapter(os.path.basename(os.path.normpath(path)), path, schema, lora, dtype)
-    return report
 
 
 def _append(output: RequestOutput, delta: Delta) -> None:

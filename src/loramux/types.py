@@ -6,6 +6,7 @@ Knows nothing of torch, tokenizers or HTTP.
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,16 @@ Modality = Literal["image", "audio", "video"]
 Composition = tuple[tuple[str, float], ...]
 
 MAX_LOGPROBS = 20
+
+MAX_NAME_LENGTH = 128
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._:@-]*"
+_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether callers may give an adapter this name: up to `MAX_NAME_LENGTH` characters of ASCII, in
+    parts divided by single slashes, none of which begins with a dot."""
+    return len(name) <= MAX_NAME_LENGTH and _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

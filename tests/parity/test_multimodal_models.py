@@ -3,6 +3,7 @@ part give what transformers and PEFT give."""
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,21 +18,28 @@ from loramux.engine.cpu_runner import CpuRunner
 from loramux.engine.plan import AdapterLoad
 from loramux.errors import EngineError
 from loramux.layers.batch import Overlay, UniformLoRA
+from loramux.media import Audio, Image
 from loramux.models import proof
 from loramux.models.attach import Attached
+from loramux.models.item_cache import ItemCache
 from loramux.models.loader import LoadedModel, load_model
+from loramux.models.processor import MediaProcessor
 from loramux.models.proof import small_cache, small_step
+from loramux.models.stock_processor import StockProcessor
+from loramux.models.text import TextProcessor
 from loramux.models.towers import Towers
 from loramux.types import MediaItem
 from parity.media_items import Prompt, features, make_prompt
 from parity.multimodal import (
     FAMILIES,
+    SAMPLING_RATE,
     MediaOracle,
     random_audio,
     random_image,
     save_adapter,
     save_model,
 )
+from parity.multimodal_families import SIDE
 
 SERVED = [name for name in FAMILIES if name != "paligemma"]
 LONGEST = 256  # tokens
@@ -305,30 +313,49 @@ def test_videos_are_the_whole_models(
     assert positions.tolist() == seen["positions"].tolist() and shift == int(owner.rope_deltas)
 
 
+class Phi4Images:
+    """In the place of Phi-4's image processor, which needs torchvision: every image becomes a crop of
+    the whole and one of 2 x 2 tokens, with an end to each of their rows."""
+
+    def __call__(self, images: list[Any], **settings: Any) -> dict[str, Any]:
+        dice = torch.Generator().manual_seed(4)
+        count = len(images)
+        return {
+            "image_pixel_values": torch.randn(count, 2, 3, SIDE, SIDE, generator=dice),
+            "image_sizes": torch.tensor([[SIDE, SIDE]] * count),
+            "image_attention_mask": torch.ones(count, 2, 4, 4, dtype=torch.long),  # none is masked
+            "num_img_tokens": [13] * count,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def test_phi4_hears_otherwise_beside_images(
     oracles: dict[str, tuple[MediaOracle, Attached]],
 ) -> None:
     oracle, attached = oracles["phi4-multimodal"]
     towers: Any = attached.towers
-    sound = make_prompt(oracle, {"audio": [random_audio(4)]})
-    (heard,) = sound.items
-    image, audio = (token(oracle, f"{kind}_token") for kind in ("image", "audio"))
-    dice = torch.Generator().manual_seed(4)
-    seen = {
-        # A crop of the whole, and one of 2 x 2 tokens with an end to each of their rows.
-        "image_pixel_values": torch.randn(1, 2, 3, 32, 32, generator=dice),  # with no patch masked
-        "image_sizes": torch.tensor([[32, 32]]),
-        "image_attention_mask": torch.ones(1, 2, 4, 4, dtype=torch.long),
-    }
-    ids = torch.tensor([[5] + [image] * 13 + [6] + [audio] * heard.num_vectors + [7]])  # [1, T]
-    picture = MediaItem("image", "picture", ((1, 14),), seen)
-    beside = {**heard.inputs, "audio_projection_mode": "vision"}
-    voice = MediaItem("audio", "voice", ((15, 15 + heard.num_vectors),), beside)
-    prompt = Prompt(BatchFeature({"input_ids": ids, **seen, **heard.inputs}), [picture, voice])
+    stock: Any = copy(oracle.processor)
+    stock.image_processor = Phi4Images()
+    words = TextProcessor(stock.tokenizer)
+    ours = MediaProcessor(StockProcessor(stock, {}), words, oracle.base.config, ItemCache(1 << 20))
+    sound, picture = Audio(random_audio(4), SAMPLING_RATE, "sound"), Image(random_image(5), "image")
+    (alone,) = ours.prepare("hear <|audio|> now", [sound]).items
+    text = "first <|audio|> then <|image|> now"
+    beside, seen = ours.prepare(text, [picture, sound]).items
+    (again,) = ours.prepare("hear <|audio|> now", [sound]).items
+    assert alone.digest == again.digest != beside.digest and beside.modality == "audio"
+    assert "audio_projection_mode" not in again.inputs
+    assert ours.prepare("<|image|>", [picture]).items[0].digest == seen.digest
+
+    given = {"text": [text], "images": [picture.pixels], "audio": [sound.samples]}
+    prompt = Prompt(stock(**given, return_tensors="pt"), [beside, seen])
     got = towers.encode(prompt.items, None)
     torch.testing.assert_close(together(got), features(oracle, prompt), **CLOSE)
-    (alone,) = towers.encode([heard], None)
-    torch.testing.assert_close(alone, features(oracle, sound), **CLOSE)
-    assert (alone - got[1]).abs().max() > 0.1
-    both = towers.encode([heard, voice], None)
-    torch.testing.assert_close(both, [alone, got[1]], **CLOSE)
+    (heard,) = towers.encode([alone], None)
+    whole = make_prompt(oracle, {"audio": [sound.samples]})
+    torch.testing.assert_close(heard, features(oracle, whole), **CLOSE)
+    assert (heard - got[0]).abs().max() > 0.1
+    both = towers.encode([alone, beside], None)
+    torch.testing.assert_close(both, [heard, got[0]], **CLOSE)

@@ -31,3 +31,12 @@ def test_pickle_round_trip_and_drawing(kind: type[LoramuxError]) -> None:
     assert str(again) == str(error)
     assert "\n" not in str(error)
     assert kind.__name__ in (errors.__doc__ or "")
+
+
+def test_a_refusal_can_be_shown_whatever_it_quotes() -> None:
+    reasons = ["\ud800\x1b[2J\u202eevil\n", "x" * 10_000 + " is no expert", *["many"] * 1000]
+    error = AdapterRejected("a", reasons)
+    text = str(error)
+    assert text.isprintable() and len(text.encode()) < 10_000
+    assert r"\ud800\x1b[2J\u202eevil\n" in text and " is no expert" in text
+    assert "and 938 more reasons" in text

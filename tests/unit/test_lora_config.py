@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from loramux.config import LoRAConfig, ModelFacts
 from loramux.config import lora as lora_module
@@ -30,6 +31,13 @@ DEFAULTS = {
     "max_lora_cls_labels": None,
     "max_registered_adapters": None,
     "max_adapter_bytes": None,
+    "adapter_roots": None,
+    "adapter_repositories": None,
+    "resolver_timeout_s": 60.0,
+    "resolver_negative_ttl_s": 30.0,
+    "adapter_fetch_timeout_s": 300.0,
+    "max_adapter_download_bytes": 8 << 30,
+    "verify_adapters": False,
 }
 CHANGED = {
     "max_lora_rank": 17,
@@ -48,6 +56,13 @@ CHANGED = {
     "max_lora_cls_labels": 5,
     "max_registered_adapters": 7,
     "max_adapter_bytes": 4096,
+    "adapter_roots": ["somewhere"],
+    "adapter_repositories": ["org/*"],
+    "resolver_timeout_s": 1.0,
+    "resolver_negative_ttl_s": 2.0,
+    "adapter_fetch_timeout_s": 3.0,
+    "max_adapter_download_bytes": 4,
+    "verify_adapters": True,
 }
 FACTS = ModelFacts("bfloat16", "cpu", 512, 1024, 1 << 30)
 
@@ -153,3 +168,22 @@ def test_dual_stream_under_full_sharding_is_off_with_one_warning(
     assert len(caplog.records) == 1
     assert dict(os.environ) == before
     assert LoRAConfig().dual_stream("cuda:0")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "*/*", "*/name", "org", "org/a/b", "org/", "org/x@", "org/x@*", "../x", "o/x y"],
+)
+def test_repositories_write_their_organisation_out(pattern: str) -> None:
+    with pytest.raises(ValidationError, match="organisation"):
+        LoRAConfig(adapter_repositories=[pattern])
+
+
+def test_lookups_are_off_unless_named() -> None:
+    assert not LoRAConfig().resolves
+    assert LoRAConfig(adapter_roots=["a"]).resolves
+    assert LoRAConfig(adapter_repositories=["org/a-*@v1"]).resolves
+    for name in ("adapter_roots", "adapter_repositories"):
+        for value in ([], [" "]):
+            with pytest.raises(ValidationError, match=name):
+                LoRAConfig(**{name: value})

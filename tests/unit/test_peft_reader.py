@@ -122,7 +122,7 @@ CONFIG_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"use_qalora": True}, "use_qalora"),
     ({"some_new_switch": True}, "some_new_switch"),
     ({"peft_type": "LOHA"}, "LOHA"),
-    ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "pissa_niter_4"}, "convert --initial FOLDER SRC DST"),
     ({"init_lora_weights": "olora"}, "olora"),
     ({"r": 0}, "r must be"),
     ({"r": "4"}, "r must be"),

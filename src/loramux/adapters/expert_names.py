@@ -99,7 +99,7 @@ class ExpertNames:
                 return f"an expert of {stem} has no {leaf!r}"
             if not _is_index(index, spec.num_experts):
                 last = spec.num_experts - 1
-                return f"{stem} has {spec.num_experts} experts, 0 to {last}, and no {index!r}"
+                return f"{stem} has {spec.num_experts} experts, 0 to {last}, and no {index[:40]!r}"
             return Place(spec, stem, Form.PER_EXPERT, _LEAVES[leaf][1], name, int(index))
         return None
 

@@ -16,10 +16,9 @@ from loramux.adapters.weights import FileIdentity
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+MAX_HEADER_BYTES = 64 << 20  # a hundred thousand tensors have a third of it
 PREFIX = "base_model.model."
 FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-# A header of a hundred thousand tensors, which only adapters of many experts have, is 16 MiB.
-MAX_HEADER_BYTES = 64 << 20
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -83,8 +82,8 @@ def read_header(folder: Path) -> tuple[list[FileTensor], FileIdentity | None, li
         pickles = [n for n in PICKLE_NAMES if (folder / n).exists()]
         if pickles:
             reason = (
-                f"{pickles[0]} is a pickle, which can run code when it is read; save the adapter "
-                f"as {WEIGHTS_NAME} (save_pretrained does)"
+                f"{pickles[0]} is a pickle, which can run code when it is read; "
+                "loramux adapter convert SRC DST reads it safely, and writes " + WEIGHTS_NAME
             )
             return [], None, [reason]
         return [], None, [f"{WEIGHTS_NAME} is missing"]
@@ -94,7 +93,7 @@ def read_header(folder: Path) -> tuple[list[FileTensor], FileIdentity | None, li
             pass  # it checks more of the header than we need, and says well what is wrong
         with open(path, "rb", buffering=0) as file:
             identity = FileIdentity.of(os.fstat(file.fileno()))
-            header_bytes = int.from_bytes(file.read(8), "little")
+            header_bytes = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
             header = json.loads(file.read(header_bytes))
         return _tensors(header, 8 + header_bytes, identity.size), identity, []
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:

@@ -13,11 +13,14 @@ from typing import Any
 
 import regex
 
+from loramux.adapters.initialisations import reason_against
 from loramux.adapters.peft_patterns import Matcher, PatternTable, at_the_end, is_plain
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 8 << 20
 MAX_PATTERN_CHARS = 2000
+LARGEST_ALPHA = 3e38  # scales are float32
+LARGEST_INT = 1 << 31
 MAX_EXPRESSIONS = 2000  # compiling that many takes a second
 
 # Keys that change what is computed and that we serve.
@@ -66,16 +69,14 @@ REFUSED = {
     "head (score or classifier) of task_type SEQ_CLS",
     "trainable_token_indices": "trained token embeddings are not served yet",
     "alora_invocation_tokens": "activated LoRA is not served yet",
-    "layer_replication": "layer replication changes the base model and cannot share it",
+    "layer_replication": "layer replication makes another base model, with more layers, out of "
+    "copies of these; one base model serves all adapters",
     "fan_in_fan_out": "transposed weights (Conv1D layers) are not served yet",
     "megatron_config": "Megatron layers are not served",
     "use_qalora": "QALoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served",
     "ensure_weight_tying": "tied adapted weights are not served yet",
 }
-
-# init_lora_weights values after which the saved A and B are a plain difference to the base model.
-PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,8 @@ def read_config(folder: Path) -> tuple[PeftConfig | None, bytes, list[str]]:
 
 def _unserved(data: dict[str, Any]) -> list[str]:
     reasons = []
-    if str(data.get("peft_type", "LORA")).upper() != "LORA":
-        reasons.append(f"peft_type is {data['peft_type']!r}; only LORA is served")
+    if _word(data.get("peft_type", "LORA")) != "LORA":
+        reasons.append(f"peft_type is {_said(data['peft_type'])}; only LORA is served")
     for key, value in data.items():
         off = value in (None, False, "", "none") or value == [] or value == {}
         if off or key in SUPPORTED or key in HARMLESS:
@@ -189,30 +190,42 @@ def _unserved(data: dict[str, Any]) -> list[str]:
         if key == "modules_to_save" and _saved_heads(data):
             continue
         reason = REFUSED.get(key, "this setting is unknown to loramux")
-        reasons.append(f"{key}={value!r}: {reason}"[:300])
-    init = data.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in PLAIN_INITS:
-        reasons.append(
-            f"init_lora_weights={init!r}: it may change the base weights; save the adapter with "
-            "path_initial_model_for_weight_conversion to get an ordinary one"
-        )
+        reasons.append(f"{key[:80]}={_said(value)}: {reason}")
+    if against := reason_against(data.get("init_lora_weights", True)):
+        reasons.append(against)
     return reasons
+
+
+def _said(value: Any) -> str:
+    """`value` as a message quotes it. A stranger's may be deeply nested, or have too many digits."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _saved_heads(data: dict[str, Any]) -> tuple[str, ...]:
     """`modules_to_save` where it is a classification head and nothing else, else nothing."""
     names = data.get("modules_to_save")
-    if str(data.get("task_type")).upper() != "SEQ_CLS" or not isinstance(names, list):
+    if _word(data.get("task_type")) != "SEQ_CLS" or not isinstance(names, list):
         return ()
     return tuple(names) if all(name in HEAD_NAMES for name in names) else ()
 
 
+def _word(value: Any) -> str:
+    """A name in capitals; empty for what is no text."""
+    return value.upper() if isinstance(value, str) else ""
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST_INT
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return -LARGEST_ALPHA <= value <= LARGEST_ALPHA  # not so for NaN
 
 
 def _is_names(value: Any) -> bool:
@@ -228,9 +241,9 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
         if data.get(key) is None and not implied:
             reasons.append(f"{key} is missing from {CONFIG_NAME}")
     if data.get("r") is not None and not (_is_int(data["r"]) and data["r"] >= 1):
-        reasons.append(f"r must be a whole number of at least 1, not {data['r']!r}")
+        reasons.append(f"r must be a whole number of at least 1, not {_said(data['r'])}")
     if data.get("lora_alpha") is not None and not _is_number(data["lora_alpha"]):
-        reasons.append(f"lora_alpha must be a finite number, not {data['lora_alpha']!r}")
+        reasons.append(f"lora_alpha must be a finite number, not {_said(data['lora_alpha'])}")
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = data.get(key)
         if value is not None and not _is_names(value):

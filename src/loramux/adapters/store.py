@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from loramux.adapters.downloads import Downloads, Fetched
 from loramux.adapters.feed import EventFeed
 from loramux.adapters.files import CORES_A_COPIER, cores
 from loramux.adapters.header import WEIGHTS_NAME
@@ -29,6 +30,7 @@ from loramux.adapters.heads import Head, head_of
 from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
+from loramux.adapters.self_test import refuse_differing
 from loramux.adapters.spool import Spool
 from loramux.adapters.weights import AdapterSource, AdapterWeights
 from loramux.config import LoRAConfig
@@ -107,6 +109,9 @@ class AdapterStore:
         self._spooled: dict[str, str] = {}  # digest -> folder
         self.reads = 0
         self._memory = HostMemory()
+        self._downloads = Downloads(
+            config.max_adapter_download_bytes, config.adapter_fetch_timeout_s
+        )
         self._sources: dict[str, AdapterSource] = {}  # by digest
         self._staged: dict[str, _Staged] = {}  # by name
         self.on_load: Callable[[AdapterRef, float], None] | None = None
@@ -126,8 +131,8 @@ class AdapterStore:
         expected: str | None = None,
         pinned: bool | None = None,
     ) -> AdapterRef:
-        """Serve the adapter in `path` under `name`; `expected` and `pinned` as `Registry.publish` has
-        them.
+        """Serve the adapter in `path`, a folder or another source (see `sources`), under `name`;
+        `expected` and `pinned` as `Registry.publish` has them.
 
         Blocks while it is read; call it outside the step loop. Raises AdapterExists, AdapterConflict,
         PinRefused, Forbidden, AdapterNotFound, AdapterRejected, or what `rehearse` raises, and then
@@ -154,7 +159,8 @@ class AdapterStore:
                 self.registry.loading(name, replace=replace, expected=expected, pinned=pinned)
             )
             start = time.perf_counter()
-            weights = self._checker.submit(self._read, name, path).result()
+            fetched = self._downloads.fetch(path)
+            weights = self._checker.submit(self._read, name, fetched).result()
             head = self._head_of(weights)
             with self._rehearsing:
                 self._rehearse(weights)
@@ -236,20 +242,27 @@ class AdapterStore:
                 self.feed.tell(kind, ref.name, digest, place=place)
 
     def close(self) -> None:
+        self._downloads.close()
         for threads in (self._reader, self._checker):
             threads.shutdown(wait=True, cancel_futures=True)
         self.spool.close()
 
-    def _read(self, name: str, path: str) -> AdapterWeights:
-        self._check_size(name, path)
+    def _read(self, name: str, fetched: Fetched) -> AdapterWeights:
+        self._check_size(name, fetched.folder)
         self.reads += 1
-        weights, _ = read_adapter(name, path, self._schema, self._config, self._dtype, self._memory)
+        weights, _ = read_adapter(
+            name, fetched.folder, self._schema, self._config, self._dtype, self._memory
+        )
+        if fetched.is_remote:
+            weights = weights.from_origin(fetched.origin)
+        if self._config.verify_adapters:
+            refuse_differing(weights, self._schema.aliases)
         return weights
 
-    def _check_size(self, name: str, path: str) -> None:
+    def _check_size(self, name: str, folder: str | Path) -> None:
         most = self._config.max_adapter_bytes
         try:
-            size = (Path(path).expanduser() / WEIGHTS_NAME).stat().st_size
+            size = (Path(folder).expanduser() / WEIGHTS_NAME).stat().st_size
         except OSError:
             return  # the reader says what is wrong
         if most is not None and size > most:
@@ -297,7 +310,7 @@ class AdapterStore:
     def _read_again(self, ref: AdapterRef) -> AdapterWeights | None:
         """The weights without checking them, if the files are those that were checked."""
         source = self._sources.get(ref.digest)
-        if source is None or str(source.weights_path.parent) != ref.source:
+        if source is None or (source.origin or str(source.weights_path.parent)) != ref.source:
             return None
         buffer = source.read_again(self._memory)  # [num_bytes] uint8
         if buffer is None:
@@ -319,7 +332,7 @@ class AdapterStore:
 
     def _read_and_compare(self, ref: AdapterRef) -> AdapterWeights:
         try:
-            weights = self._read(ref.name, ref.source)
+            weights = self._read(ref.name, self._downloads.fetch(ref.source))
         except LoramuxError as error:
             raise AdapterLoadFailed(
                 f"adapter {ref.name!r} was evicted from host memory and can no longer be read: {error}",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -185,6 +185,8 @@ class AdapterSource:
     layout: Layout
     read_s: float
     """Wall-clock time at which reading began."""
+    origin: str = ""
+    """Where the files were downloaded from; empty for a folder of this machine."""
 
     def read(self, memory: HostMemory) -> torch.Tensor:
         """The bytes [num_bytes] uint8. Raises FileChanged, or another OSError."""
@@ -245,6 +247,11 @@ class AdapterWeights:
     @property
     def layout(self) -> Layout:
         return self.source.layout
+
+    def from_origin(self, origin: str) -> AdapterWeights:
+        """The same, as downloaded from `origin`."""
+        source = replace(self.source, origin=origin)
+        return AdapterWeights(replace(self.ref, source=origin), self.buffer, source)
 
     @cached_property
     def pairs(self) -> dict[str, LoRAPair]:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str], commands: Commands | None = None) -> int:
         print("loramux bench media: measures loramux on a geometry with a tower", file=sys.stderr)
         return 2
     settings = {k: v for k, v in vars(options).items() if k != "output"}
-    head = header(settings | {"argv": list(argv)})
+    head = header(settings)
     if options.output is not None:
         options.output.write_text(json.dumps(head) + "\n", encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:

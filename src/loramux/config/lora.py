@@ -9,10 +9,18 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from loramux.config.media import Modality
 from loramux.errors import ConfigError
@@ -38,7 +46,7 @@ HASHED_FIELDS = (
     "max_lora_cls_labels",
 )
 
-# Fields that do not: where weights wait on the host, which adapter a request gets by default, and what
+# Fields that do not: where weights come from and wait, which adapter a request gets by default, and what
 # may be loaded at all.
 UNHASHED_FIELDS = (
     "max_cpu_loras",
@@ -46,6 +54,17 @@ UNHASHED_FIELDS = (
     "default_mm_loras_policy",
     "max_registered_adapters",
     "max_adapter_bytes",
+    "adapter_roots",
+    "adapter_repositories",
+    "resolver_timeout_s",
+    "resolver_negative_ttl_s",
+    "adapter_fetch_timeout_s",
+    "max_adapter_download_bytes",
+    "verify_adapters",
+)
+
+_REPOSITORY_PATTERN = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._*-]+(?:@[A-Za-z0-9][A-Za-z0-9._/-]*)?"
 )
 
 _warned_dual_stream = False
@@ -139,6 +158,46 @@ class LoRAConfig(BaseModel):
     """Largest `adapter_model.safetensors`; a larger one is refused before it is opened. None: what
     `max_lora_rank` allows, and 2 GiB for one that comes in the body of a request."""
 
+    adapter_roots: list[str] | None = None
+    """Look up adapters that are not known yet: the name `a/b` is the folder `a/b` below one of these
+    directories or URLs, the first that has it, and is loaded on first use. Links may not leave their
+    directory. None: off."""
+
+    adapter_repositories: list[str] | None = None
+    """Look up adapters that are not known yet on the Hugging Face Hub, where their name fits one of
+    these: `org/*`, `org/name`, or with a revision `org/*@v1`. None: off."""
+
+    resolver_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a request waits for an adapter that is looked up and loaded; the load goes on."""
+
+    resolver_negative_ttl_s: float = Field(default=30.0, ge=0)
+    """How long it is remembered that a name was not found or its adapter was refused."""
+
+    adapter_fetch_timeout_s: float = Field(default=300.0, gt=0)
+    """How long the download of one adapter may take."""
+
+    max_adapter_download_bytes: int = Field(default=8 << 30, ge=1)
+    """Largest adapter that is downloaded, all its files together."""
+
+    verify_adapters: bool = False
+    """Compare each adapter that is loaded with what its file says, read and computed a second way in
+    float64, and refuse it where they differ."""
+
+    @field_validator("adapter_roots", "adapter_repositories")
+    @classmethod
+    def _lookups_named(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        name = str(info.field_name)
+        if value is not None and (not value or not all(item.strip() for item in value)):
+            raise ValueError(f"{name} must name at least one; leave it out for none")
+        if name == "adapter_repositories":
+            for pattern in value or ():
+                if not _REPOSITORY_PATTERN.fullmatch(pattern):
+                    raise ValueError(
+                        f"adapter_repositories {pattern!r} is not of the form org/*, org/name or "
+                        "org/*@revision; the organisation is written out"
+                    )
+        return value
+
     @field_validator("lora_dtype", mode="before")
     @classmethod
     def _dtype_name(cls, value: Any) -> Any:
@@ -193,6 +252,11 @@ class LoRAConfig(BaseModel):
     def host_capacity(self) -> int:
         """`max_cpu_loras` with its default filled in."""
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def resolves(self) -> bool:
+        """Whether names that are not known are looked up."""
+        return bool(self.adapter_roots or self.adapter_repositories)
 
     def compute_hash(self) -> str:
         """Hex digest of every field that changes what is computed, equal in every process.

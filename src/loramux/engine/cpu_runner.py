@@ -85,7 +85,7 @@ class CpuRunner(Runner):
                 # The last that points into the mapped checkpoint, whose pages count as ours.
                 module.weight.data = module.weight.data.clone()
 
-    def _fill_batch(self, plan: StepPlan, media: StepMedia | None) -> None:
+    def _fill_batch(self, plan: StepPlan, media: StepMedia | None = None) -> None:
         batch = self.attached.batch
         batch.slots = self._slots(plan.rows)  # [T]
         batch.attention = self._attention(plan.rows)
@@ -96,7 +96,7 @@ class CpuRunner(Runner):
         else:
             batch.segments = self._segments(plan.rows)
 
-    def _forward(self, rows: Sequence[Row], media: StepMedia | None) -> torch.Tensor:
+    def _forward(self, rows: Sequence[Row], media: StepMedia | None = None) -> torch.Tensor:
         """Logits [B, V] of the last token of each row that samples."""
         ids: list[int] = []
         for row in rows:

@@ -10,13 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from loramux.config import EngineConfig, MemoryPlan
 from loramux.engine.adapter_changes import drain, events, received
 from loramux.engine.engine import Engine
 from loramux.engine.loop_thread import LoopThread
+from loramux.engine.resolving import Resolving, resolver_of, unknown
 from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.media import Audio, Image, Video
 from loramux.types import (
@@ -34,6 +37,7 @@ from loramux.types import (
 
 logger = logging.getLogger(__name__)
 
+MOST_LOADS = 8  # adapters that are downloaded or read at once
 STUCK_S = 5.0  # from the loss of a rank to the end of waiting for the loop's thread
 
 
@@ -59,6 +63,9 @@ class AsyncEngine:
         self._stopping = False
         self._halt = False
         self._running = False
+        # Of their own: prompts are tokenized in asyncio's threads, and must not wait for downloads.
+        self._loading = ThreadPoolExecutor(MOST_LOADS, thread_name_prefix="adapter-load")
+        self._resolving = self._make_resolving()
         self.stuck = False
         """The loop's thread waits for a device that is lost, and cannot be ended."""
         if engine.team is not None:
@@ -81,6 +88,8 @@ class AsyncEngine:
         an EngineStopped error, and stop the loop."""
         self._stopping = True
         self._engine.stop()
+        if self._resolving is not None:
+            await self._resolving.close()
         deadline = time.monotonic() + drain_s
         while self._engine.has_requests and self.failure is None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -92,6 +101,7 @@ class AsyncEngine:
             assert self._engine.team is not None
             await asyncio.to_thread(self._engine.team.end)
             return
+        self._loading.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.close)
         await asyncio.to_thread(self._engine.close)
 
@@ -210,14 +220,9 @@ class AsyncEngine:
         pinned: bool | None = None,
     ) -> AdapterRef:
         """Read an adapter in a worker thread and serve it. See `AdapterStore.add`."""
-        return await asyncio.to_thread(
-            self._engine.add_adapter,
-            name,
-            path,
-            replace=load_inplace,
-            expected=expected_digest,
-            pinned=pinned,
-        )
+        how = {"replace": load_inplace, "expected": expected_digest, "pinned": pinned}
+        load = partial(self._engine.add_adapter, name, path, **how)
+        return await asyncio.get_running_loop().run_in_executor(self._loading, load)
 
     async def push_adapter(
         self,
@@ -288,13 +293,33 @@ class AsyncEngine:
         pinned: bool | None = None,
     ) -> AdapterRef:
         """Read and check an adapter, and keep its name until it is published or discarded."""
-        return await asyncio.to_thread(
+        stage = partial(
             self._engine.require_store().stage,
             name,
             path,
             replace=load_inplace,
             expected=expected_digest,
             pinned=pinned,
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._loading, stage)
+
+    async def resolve_adapter(self, name: str) -> None:
+        """Serve an adapter that is looked up by its name. See `Resolving.resolve`; without roots and
+        repositories nothing is looked up."""
+        if self._resolving is None or name in self.config.model_names:
+            raise unknown(name)
+        await self._resolving.resolve(name)
+
+    def _make_resolving(self) -> Resolving | None:
+        if (resolver := resolver_of(self.config.lora)) is None:
+            return None
+        assert self.config.lora is not None
+        registry = self._engine.require_store().registry
+        return Resolving(
+            self.config.lora,
+            resolver,
+            load=self.add_adapter,
+            is_served=lambda name: registry.current(name) is not None,
         )
 
     def staged_digest(self, name: str) -> str | None:

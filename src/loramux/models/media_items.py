@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from transformers import BatchFeature
 
 from loramux.errors import BadMedia, LoramuxError
 from loramux.media import Audio, Image, Video
+from loramux.models.encoders import PHI4_MODE
 from loramux.models.item_cache import ItemCache, ProcessedItem
 from loramux.models.placeholders import Expansion
 from loramux.models.resample import resample
 from loramux.models.stock_processor import PARTS, StockProcessor
 from loramux.models.text import TextProcessor
-from loramux.types import Modality
+from loramux.types import MediaItem, Modality
 
 Media = Image | Audio | Video
 
@@ -144,6 +146,20 @@ class ItemProcessor:
                 remedy="send it in parts",
             )
         return resample(item.samples, item.rate, self._rate)
+
+
+def beside_others(items: Sequence[MediaItem], model_type: str) -> tuple[MediaItem, ...]:
+    """The items of one prompt, each as its encoder takes it beside the others: Phi-4 has other weights
+    for a sound where there is an image too. In other models company changes nothing."""
+    seen = any(item.modality == "image" for item in items)
+    if model_type != "phi4_multimodal" or not seen:
+        return tuple(items)
+    return tuple(_beside_image(item) if item.modality == "audio" else item for item in items)
+
+
+def _beside_image(sound: MediaItem) -> MediaItem:
+    digest = hashlib.sha256(f"{sound.digest}\0beside an image".encode()).hexdigest()
+    return replace(sound, digest=digest, inputs={**sound.inputs, PHI4_MODE: "vision"})
 
 
 def _frames(item: Video) -> np.ndarray:

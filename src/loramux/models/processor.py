@@ -16,7 +16,7 @@ from loramux.errors import InvalidField, UnsupportedModel
 from loramux.media import Audio, Image, Video
 from loramux.models.chat_parts import ContentForms, Message, fit, forms_of
 from loramux.models.item_cache import ItemCache
-from loramux.models.media_items import ItemProcessor, Media, modality_of
+from loramux.models.media_items import ItemProcessor, Media, beside_others, modality_of
 from loramux.models.placeholders import Placeholders, expanded_ids, expanded_text, spans_of
 from loramux.models.stock_processor import PARTS, StockProcessor, load_stock
 from loramux.models.text import TextProcessor, read_template
@@ -198,7 +198,7 @@ class MediaProcessor:
             MediaItem(modality_of(item), self._items.digest(item), runs, made.inputs)
             for (item, made), runs in zip(ordered, spans, strict=True)
         ]
-        return MediaPrompt(tuple(token_ids), tuple(items))
+        return MediaPrompt(tuple(token_ids), beside_others(items, self._hf_config.model_type))
 
     def _check_counts(
         self, placed: Iterable[Modality], given: Iterable[Modality], field: str

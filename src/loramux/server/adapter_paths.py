@@ -13,16 +13,14 @@ import re
 from pathlib import Path
 
 from loramux.errors import AdapterNotFound, Forbidden, InvalidField
+from loramux.types import MAX_NAME_LENGTH, is_adapter_name
 
-MAX_NAME_LENGTH = 128
-_PART = r"[A-Za-z0-9_][A-Za-z0-9._:@-]*"
-_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def check_name(name: str) -> str:
     """The name, or InvalidField saying which names are allowed."""
-    if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+    if not is_adapter_name(name):
         shown = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}..."
         raise InvalidField(
             f"lora_name {shown!r} is not allowed",

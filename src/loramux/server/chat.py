@@ -109,7 +109,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation."""
     check_use(access, state, body)
-    adapters = select_adapters(state, body, {part.modality for part in body.media})
+    adapters = await select_adapters(state, body, {part.modality for part in body.media})
     params = chat_params(body)
     rendering = _render(state, body)
     prompt = await (unless_gone(request.receive, rendering) if body.media else rendering)

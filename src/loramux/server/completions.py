@@ -90,7 +90,7 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts."""
     check_use(access, state, body)
-    adapters = select_adapters(state, body)
+    adapters = await select_adapters(state, body)
     params = completion_params(body)
     prompts = await _tokenize(state, body)
     for prompt in prompts:

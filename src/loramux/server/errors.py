@@ -55,6 +55,7 @@ TABLE: Mapping[type[errors.LoramuxError], Row] = {
     errors.ReplicaLost: Row(503, SERVER, "engine_stopped"),
     errors.AdapterLoadFailed: Row(500, SERVER, "adapter_load_failed"),
     errors.AdapterUnloaded: Row(503, SERVER, "adapter_unloaded"),
+    errors.SourceUnavailable: Row(503, SERVER, "adapter_source_unavailable"),
     errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
 }
 

@@ -33,7 +33,7 @@ async def pool(
 ) -> Response:
     """The list of what `item` makes of each input's number and values. Raises LoramuxError."""
     check_use(access, state, body)
-    adapters = select_adapters(state, body)
+    adapters = await select_adapters(state, body)
     prompts = await _tokenize(state, body)
     _check_lengths(prompts, state.context_length)
     created_s = int(time.time())

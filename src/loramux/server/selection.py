@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -20,17 +21,18 @@ AFFINITY_HEADER = "x-loramux-affinity"
 DIGEST_LENGTH = 12
 
 
-def select_adapters(
+async def select_adapters(
     state: ServerState, body: GenerationBody | PoolingBody, modalities: Collection[str] = ()
 ) -> tuple[AdapterUse, ...]:
     """`model` and `lora` as the engine wants them, or the defaults of the `modalities` of a request that
     names no adapter.
 
     `model` is the base model's name or an adapter's; `lora` goes with the base model only.
-    Raises UnknownModel or InvalidField.
+    Names that are not known are looked up and loaded where the operator allowed it. Raises UnknownModel,
+    InvalidField, or what the load raises.
     """
-    served = {status.ref.name for status in state.engine.adapters()}
-    served = {name for name in served if not is_default(name)}
+    await _look_up(state, body)
+    served = _served(state)
     listed = body.adapters
     if body.model in state.engine.config.model_names:
         for use in listed or ():
@@ -45,6 +47,26 @@ def select_adapters(
             f"{state.engine.config.model_names[0]!r}, or leave lora out",
         )
     return (AdapterUse(body.model),)
+
+
+def _served(state: ServerState) -> set[str]:
+    """Names that a request may give."""
+    names = {status.ref.name for status in state.engine.adapters()}
+    return {name for name in names if not is_default(name)}
+
+
+async def _look_up(state: ServerState, body: GenerationBody | PoolingBody) -> None:
+    """Load the adapters of a request that are not served yet, several at once."""
+    lora = state.engine.config.lora
+    if lora is None or not lora.resolves:
+        return
+    if body.model in state.engine.config.model_names:
+        named = [use.name for use in body.adapters or ()]
+    else:
+        named = [body.model] if body.adapters is None else []
+    served = _served(state)
+    missing = dict.fromkeys(name for name in named if name not in served)
+    await asyncio.gather(*(state.engine.resolve_adapter(name) for name in missing))
 
 
 def _check_served(state: ServerState, name: str, served: set[str], *, field: str) -> None:
