@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DEBUG_VARIABLE = "LORAMUX_DEBUG"
 API_KEY_VARIABLE = "LORAMUX_API_KEY"  # a command line can be read by everybody on a machine
+API_KEYS_FILE_VARIABLE = "LORAMUX_API_KEYS_FILE"
 EXIT_REFUSED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -40,7 +41,7 @@ EXIT_INTERRUPTED = 130
 # Fields whose flag has another name in vLLM.
 FLAG_NAMES = {"target_modules": "--lora-target-modules"}
 # Fields that are not flags of their own.
-NOT_FLAGS = {"model", "lora", "media"}
+NOT_FLAGS = {"model", "lora", "media", "api_keys"}
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -264,8 +265,8 @@ def lora_settings(given: argparse.Namespace) -> LoRAConfig | None:
     orphans = [flag_of(name) for name in LoRAConfig.model_fields if name in given]
     if given.lora_modules:
         orphans.append("--lora-modules")
-    if getattr(given, "allow_runtime_lora_updating", False):
-        orphans.append("--allow-runtime-lora-updating")
+    for name in ("allow_runtime_lora_updating", "allow_adapter_push"):
+        orphans += [flag_of(name)] if getattr(given, name, False) else []
     if orphans:
         verb = "needs" if len(orphans) == 1 else "need"
         raise ConfigError(f"{', '.join(orphans)} {verb} --enable-lora", remedy="add --enable-lora")
@@ -340,7 +341,10 @@ def _serve(given: argparse.Namespace) -> int:
     )
     if key := os.environ.get(API_KEY_VARIABLE):  # empty counts as unset
         given.api_key = getattr(given, "api_key", key)
+    if path := os.environ.get(API_KEYS_FILE_VARIABLE):
+        given.api_keys_file = getattr(given, "api_keys_file", path)
     server_config = settings_from(ServerConfig, given)
+    server_config.all_keys()  # a file that cannot be read is refused now, not after minutes
     replica_config = settings_from(ReplicaConfig, given)
     drop_neutral({name: getattr(given, name) for name in NEUTRAL if name in given})
     adapters = parse_modules(given.lora_modules or [], config.model_names)

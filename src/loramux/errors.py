@@ -7,7 +7,9 @@
     │   ├── UnknownModel                neither the base model nor a served adapter
     │   ├── AdapterNotFound             no such adapter name, or no such folder
     │   ├── AdapterExists               the name is served already, or collides with the base model
+    │   │   └── AdapterConflict         another version is served than the one that was to be changed
     │   ├── AdapterRejected             the files are not an adapter we can serve; carries every reason
+    │   ├── PinRefused                  one pin more would leave too few places for the others
     │   ├── BadMedia                    an image, sound or video that cannot be decoded, or is too large
     │   ├── MediaUnavailable            a media URL or file that gave nothing, or not in time
     │   └── Forbidden                   a path, a host or an action that the operator did not allow
@@ -17,6 +19,7 @@
         ├── EngineStopped               the engine is shutting down or has died
         │   └── ReplicaLost             the replica that had the request is gone; others are there
         ├── AdapterLoadFailed           an adapter that was accepted can no longer be read
+        ├── AdapterUnloaded             the adapter was unloaded, and the time to drain is over
         ├── SourceUnavailable           where an adapter comes from gave nothing, or not in time
         └── Overloaded                  the queue is full; try again later
 
@@ -88,6 +91,18 @@ class AdapterExists(RequestError):
     """The name is taken."""
 
 
+class AdapterConflict(AdapterExists):
+    """Another version is served than the caller expected; `current_digest` is its, None if none is."""
+
+    def __init__(self, message: str, *, current_digest: str | None, remedy: str | None = None):
+        super().__init__(message, field="expected_digest", remedy=remedy)
+        self.current_digest = current_digest
+
+
+class PinRefused(RequestError):
+    """One pinned adapter more would leave too few places for those that are not pinned."""
+
+
 class AdapterRejected(RequestError):
     """The files are no adapter that can be served as it is; `reasons` lists every cause found.
 
@@ -137,6 +152,10 @@ class ReplicaLost(EngineStopped):
 
 class AdapterLoadFailed(EngineError):
     """An adapter that was accepted before can no longer be read from its source."""
+
+
+class AdapterUnloaded(EngineError):
+    """The request was not finished when its adapter, which was unloaded, had to go."""
 
 
 class SourceUnavailable(EngineError):

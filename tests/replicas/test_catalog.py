@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from loramux.errors import (
+    AdapterConflict,
     AdapterExists,
     AdapterNotFound,
     AdapterRejected,
@@ -150,5 +151,46 @@ def test_the_first_to_read_an_adapter_of_the_start_decides_its_version() -> None
         assert await catalog.confirm([reference("a", "one")]) == []
         assert await catalog.confirm([reference("a", "one")]) == []
         assert await catalog.confirm([reference("a", "two")]) == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_compare_and_set_is_decided_by_the_catalog() -> None:
+    async def scenario() -> None:
+        replicas = [Replica(digest="1" * 64), Replica(digest="1" * 64)]
+        catalog = Catalog([], Group(*replicas))
+        with pytest.raises(AdapterConflict) as refused:
+            await catalog.load("a", "/a", True, expected="1" * 64)
+        assert refused.value.current_digest is None and not replicas[0].staged
+        await catalog.load("a", "/a", True, expected="none")
+        for wrong in ("none", "2" * 12):
+            with pytest.raises(AdapterConflict) as refused:
+                await catalog.load("a", "/a", True, expected=wrong)
+            assert refused.value.current_digest == "1" * 64
+            with pytest.raises(AdapterConflict):
+                await catalog.unload("a", expected=wrong)
+        for replica in replicas:
+            replica.digest = "2" * 64
+        await catalog.load("a", "/a", True, expected="1" * 12)
+        assert [replica.served["a"] for replica in replicas] == ["2" * 64] * 2
+        ref = await catalog.unload("a", expected="2" * 64)
+        assert ref is not None and ref.digest == "2" * 64
+
+    asyncio.run(scenario())
+
+
+def test_what_was_replaced_while_files_were_read_is_noticed() -> None:
+    async def scenario() -> None:
+        replica = Replica(digest="1" * 64)
+        catalog = Catalog([], Group(replica))
+        await catalog.load("a", "/a", False)
+        replica.slow.clear()
+        late = asyncio.create_task(catalog.load("a", "/a", True, expected="1" * 64))
+        await asyncio.sleep(0.01)
+        await catalog.unload("a")
+        replica.slow.set()
+        with pytest.raises(AdapterConflict):
+            await late
+        assert replica.served == {} and not replica.staged
 
     asyncio.run(scenario())

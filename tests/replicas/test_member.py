@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ import pytest
 
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.engine.default_adapters import default_sources
-from loramux.errors import AdapterLoadFailed, AdapterRejected, EngineStopped
+from loramux.errors import (
+    AdapterConflict,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    AdapterRejected,
+    EngineStopped,
+    Forbidden,
+    InvalidField,
+    PinRefused,
+)
 from loramux.replicas.catalog import Catalog
 from loramux.replicas.member import MemberEngine
 from loramux.types import AdapterUse, SamplingParams
@@ -184,3 +193,72 @@ def test_a_dead_engine_fails_the_check(tiny_world: TinyWorld) -> None:
         one.failure = None
 
     play(tiny_world, scenario)
+
+
+def pinned(engine: MemberEngine) -> set[str]:
+    return {status.ref.name for status in engine.adapters() if status.pinned}
+
+
+def test_pins_are_on_all_and_who_comes_later(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one, two = await club.member(), await club.member()
+        await one.add_adapter("b", str(tiny_world.adapters["b"]))
+        await two.pin_adapter("a")
+        assert pinned(one) == pinned(two) == {"a"}
+        with pytest.raises(PinRefused):  # of two places one stays free
+            await one.pin_adapter("b")
+        with pytest.raises(PinRefused):
+            await one.add_adapter("c", str(tiny_world.adapters["c"]), pinned=True)
+        assert names(one) == names(two) == ["a", "b"]
+        await one.add_adapter("a", str(tiny_world.adapters["c"]), load_inplace=True)
+        assert pinned(one) == pinned(two) == {"a"}, "a replacement keeps the pin"
+
+        three = await club.member()
+        assert pinned(three) == {"a"}
+        club.present.members.remove(two)  # out of reach for a while
+        await one.pin_adapter("a", False)
+        await one.add_adapter("b", str(tiny_world.adapters["b"]), load_inplace=True, pinned=True)
+        assert pinned(one) == pinned(three) == {"b"} and pinned(two) == {"a"}
+        await two.check()
+        assert pinned(two) == {"b"}
+        with pytest.raises(AdapterNotFound):
+            await one.pin_adapter("nobody")
+
+    play(tiny_world, scenario, "a")
+
+
+def test_a_version_that_was_expected_is_compared_for_all(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one, two = await club.member(), await club.member()
+        first = one.adapters()[0].ref.digest
+        path = str(tiny_world.adapters["b"])
+        await two.add_adapter("a", path, load_inplace=True, expected_digest=first)
+        with pytest.raises(AdapterConflict) as late:
+            await one.add_adapter("a", path, load_inplace=True, expected_digest=first)
+        second = one.adapters()[0].ref.digest
+        assert late.value.current_digest == second != first
+        with pytest.raises(AdapterConflict):
+            await one.remove_adapter("a", expected_digest=first)
+        assert (await two.remove_adapter("a", expected_digest=second)).ref.digest == second
+        assert names(one) == names(two) == []
+
+    play(tiny_world, scenario, "a")
+
+
+def test_what_concerns_one_server_is_refused_by_name(tiny_world: TinyWorld) -> None:
+    async def scenario(club: Club) -> None:
+        one = await club.member()
+
+        async def nothing() -> AsyncIterator[bytes]:
+            yield b""
+
+        with pytest.raises(InvalidField, match="drain_s"):
+            await one.remove_adapter("a", drain_s=1)
+        with pytest.raises(Forbidden, match="pushed"):
+            await one.push_adapter("x", b"{}", nothing())
+        for ask, path in ((one.residency, "/v1/adapters"), (one.adapter_events, "/events")):
+            with pytest.raises(Forbidden, match=path):
+                ask()
+        assert names(one) == ["a"]
+
+    play(tiny_world, scenario, "a")

@@ -13,11 +13,13 @@ import os
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loramux.config import EngineConfig, LoRAConfig, MediaConfig
 from loramux.engine.default_adapters import default_sources
 from loramux.errors import (
+    AdapterConflict,
     AdapterExists,
     AdapterNotFound,
     AdapterRejected,
@@ -28,6 +30,7 @@ from loramux.errors import (
 )
 from loramux.media import Audio, Image, Video
 from loramux.types import (
+    AdapterEvent,
     AdapterRef,
     AdapterStatus,
     AdapterUse,
@@ -40,6 +43,7 @@ from loramux.types import (
     SamplingParams,
     TokenLogprob,
     TokenLogprobs,
+    Unloaded,
 )
 
 BASE = "org/base"
@@ -92,6 +96,9 @@ class FakeEngine:
         self.request_ids: list[str] = []
         self.running = 0
         self.cancelled = 0
+        self.pinned: frozenset[str] = frozenset()
+        self.received: tuple[bytes, bytes] | None = None
+        self.events: list[list[AdapterEvent] | None] = []
         self.started = False
         self.stopping = False
         self._ended = False
@@ -167,6 +174,7 @@ class FakeEngine:
         prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
+        admitted: Callable[[Sequence[AdapterRef]], None] | None = None,
     ) -> AsyncIterator[Delta]:
         items: tuple[MediaItem, ...] = ()
         prompt_token_ids = prompt
@@ -174,6 +182,8 @@ class FakeEngine:
             prompt_token_ids, items = prompt.token_ids, prompt.items
         self._admit(request_id, prompt_token_ids, params, adapters)
         self.seen_media.append(items)
+        if admitted is not None:
+            admitted([self.served[use.name] for use in adapters])
         if isinstance(params, PoolingParams):
             yield await self._pool(request_id, prompt_token_ids, params)
             return
@@ -249,7 +259,16 @@ class FakeEngine:
             return self.fail_with or EngineStopped("failed on purpose")
         return None
 
-    async def add_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+    async def add_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_digest: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        self._check_expected(name, expected_digest)
         if name in self.config.model_names:
             raise AdapterExists(f"{name!r} is the base model", field="lora_name")
         if name in self.served and not load_inplace:
@@ -267,6 +286,7 @@ class FakeEngine:
             raise AdapterRejected(name, ["adapter_model.safetensors is missing", "no weights"])
         ref = reference(name, path)
         self.served[name] = ref
+        self.pinned = self.pinned | {name} if pinned else self.pinned
         for callback in self._on_load:
             callback(ref, 0.5)
         return ref
@@ -275,9 +295,46 @@ class FakeEngine:
         for name, path in sources:
             yield await self.add_adapter(name, path)
 
-    async def remove_adapter(self, name: str) -> None:
-        if self.served.pop(name, None) is None:
+    async def push_adapter(
+        self,
+        name: str,
+        config: bytes,
+        weights: AsyncIterator[bytes],
+        *,
+        expected_digest: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        self._check_expected(name, expected_digest)
+        self.received = (config, b"".join([piece async for piece in weights]))
+        self.served[name] = reference(name, hashlib.sha256(self.received[1]).hexdigest())
+        return self.served[name]
+
+    def _check_expected(self, name: str, expected: str | None) -> None:
+        current = self.served[name].digest if name in self.served else None
+        if expected is not None and not (current or "none").startswith(expected):
+            raise AdapterConflict("another version", current_digest=current)
+
+    async def remove_adapter(
+        self, name: str, *, drain_s: float | None = None, expected_digest: str | None = None
+    ) -> Unloaded:
+        self._check_expected(name, expected_digest)
+        if name not in self.served:
             raise AdapterNotFound(f"{name!r} is not served", field="lora_name")
+        return Unloaded(self.served.pop(name), freed=drain_s is not None)
+
+    async def pin_adapter(self, name: str, pinned: bool = True) -> AdapterRef:
+        if name not in self.served:
+            raise AdapterNotFound(f"{name!r} is not served", field="lora_name")
+        self.pinned = self.pinned | {name} if pinned else self.pinned - {name}
+        return self.served[name]
+
+    def residency(self) -> list[AdapterStatus]:
+        return [replace(s, pinned=s.ref.name in self.pinned) for s in self.adapters()]
+
+    async def adapter_events(self) -> AsyncIterator[list[AdapterEvent] | None]:
+        yield []
+        for batch in self.events:
+            yield batch
 
     def adapters(self) -> list[AdapterStatus]:
         return [

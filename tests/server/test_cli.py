@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,7 +49,26 @@ def test_the_key_may_come_from_the_environment(
     assert served.pop()[1].api_key.get_secret_value() == "other", "a flag goes first"
 
 
-def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> None:
+def test_the_file_of_keys_is_read_before_anything_else(
+    served: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "keys.json"
+    monkeypatch.setenv("LORAMUX_API_KEYS_FILE", str(file))
+    assert main(["serve", "m"]) == 2 and not served
+    assert "cannot be read" in capsys.readouterr().err
+    file.write_text('[{"name": "x", "key": "0123456789abcdef"}]')
+    assert main(["serve", "m"]) == 0
+    assert [key.name for key in served.pop()[1].all_keys()] == ["x"]
+
+
+def test_every_setting_is_a_flag_and_reaches_the_settings(
+    served: list[Any], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text('[{"name": "x", "key": "0123456789abcdef"}]')
     flags = (
         "serve m --tokenizer t --revision r --served-model-name a b --dtype float32 --device cpu "
         "--seed 3 --tensor-parallel-size 2 --rank-timeout-s 9 --max-model-len 512 --block-size 8 "
@@ -71,6 +91,8 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
         "--encoder-cache-tokens 640"
     )
     line = flags.split()
+    line += ["--max-registered-adapters", "9", "--max-adapter-bytes", "1MiB"]
+    line += ["--api-keys-file", str(keys), "--allow-adapter-push"]
     line += ["--default-mm-loras", '{"image": "p"}']
     line += ["--max-items-per-request", '{"image": 3}']
     line += ["--lora-modules", "x=/p=q", '{"name": "y", "path": "/z", "base_model_name": "a"}']
@@ -80,6 +102,8 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(served: list[Any]) -> 
     for settings in (engine, engine.lora, engine.media, server):
         # Every field was set to something else than its default: none was forgotten.
         for name, field in type(settings).model_fields.items():
+            if name == "api_keys":
+                continue  # no flag
             default = None if name == "model" else field.get_default(call_default_factory=True)
             assert getattr(settings, name) != default, flag_of(name)
     assert engine.kv_cache_memory_bytes == 512 << 20

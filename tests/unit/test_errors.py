@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from loramux import errors
-from loramux.errors import AdapterRejected, LoramuxError, Overloaded
+from loramux.errors import AdapterConflict, AdapterRejected, LoramuxError, Overloaded
 
 
 def _tree(kind: type[LoramuxError]) -> list[type[LoramuxError]]:
@@ -17,6 +17,8 @@ def _tree(kind: type[LoramuxError]) -> list[type[LoramuxError]]:
 def _make(kind: type[LoramuxError]) -> LoramuxError:
     if kind is AdapterRejected:
         return AdapterRejected("a", ["one", "two"], remedy="do")
+    if kind is AdapterConflict:
+        return AdapterConflict("it went wrong", current_digest="d", remedy="do")
     return kind("it went wrong", **({} if kind is Overloaded else {"field": "f", "remedy": "do"}))
 
 

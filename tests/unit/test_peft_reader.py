@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
+from loramux.adapters.header import MAX_HEADER_BYTES
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.peft_config import PeftConfig, read_config
 from loramux.config import EngineConfig, LoRAConfig
@@ -221,6 +223,19 @@ def test_damaged_files(adapter: Path, schema: ModelSchema) -> None:
     assert "is missing" in _reasons(adapter, schema)[0]
     (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
     assert "pickle" in _reasons(adapter, schema)[0]
+
+
+@pytest.mark.parametrize("claimed", [0, MAX_HEADER_BYTES + 1])
+def test_the_length_of_the_header_is_checked_before_it_is_read(
+    adapter: Path, schema: ModelSchema, claimed: int
+) -> None:
+    path = adapter / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    claimed = claimed or len(whole) - 7  # one byte more than there is
+    path.write_bytes(claimed.to_bytes(8, "little") + whole[8:])
+    if claimed > MAX_HEADER_BYTES:
+        os.truncate(path, 8 + claimed)  # a sparse file: long enough, and empty
+    assert f"claims {claimed} bytes" in _reasons(adapter, schema)[0]
 
 
 def test_damaged_config(adapter: Path, schema: ModelSchema) -> None:

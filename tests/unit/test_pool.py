@@ -49,6 +49,48 @@ def test_a_gone_version_frees_its_rows_even_while_it_is_being_loaded() -> None:
     assert pool.resident() == []
 
 
+def test_a_pinned_adapter_is_brought_and_stays() -> None:
+    pool = AdapterPool(max_loras=2, max_lora_rank=4)
+    _load(pool, "a", 4)
+    pool.release("a")
+    pool.set_pins({"p": 4})
+    assert pool.place_pins() == [("p", 4)] and pool.place_pins() == []
+    pool.loaded("p")
+    for name in "bcd":
+        _load(pool, name, 4)
+        pool.release(name)
+        assert pool.resident() == ["p", name]
+    assert not pool.can_hold(["a", "b"]) and pool.can_hold(["p", "b"])
+    pool.set_pins({})
+    assert pool.can_hold(["a", "b"])
+    pool.drop("p")
+    assert "p" not in pool and pool.rows_taken == 4
+
+
+def test_a_pin_waits_for_room_and_keeps_it_from_others() -> None:
+    pool = AdapterPool(max_loras=2, max_lora_rank=4)
+    for name in "ab":
+        _load(pool, name, 4)
+    pool.set_pins({"p": 4})
+    assert pool.place_pins() == []
+    assert pool.can_hold(["a", "b"]), "what is there may be held on"
+    pool.release("a")
+    assert not pool.can_hold(["c"]), "this place is the pin's"
+    assert pool.place_pins() == [("p", 0)]
+    pool.load_failed("p")
+    assert pool.can_hold(["c"]) and not pool.pins, "one that cannot be read is pinned no longer"
+
+
+def test_what_is_evicted_is_told() -> None:
+    pool = AdapterPool(max_loras=1, max_lora_rank=4)
+    told: list[str] = []
+    pool.on_evict = told.append
+    for name in "ab":
+        _load(pool, name, 3)
+        pool.release(name)
+    assert told == ["a"]
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Holds, loads and releases in any order; `can_hold` must never promise too much."""
 
@@ -87,18 +129,31 @@ class PoolMachine(RuleBasedStateMachine):
     def drop(self, name: str) -> None:
         self.pool.drop(name)
 
+    @rule(names=st.sets(st.sampled_from("abcdefgh"), max_size=2))
+    def pin(self, names: set[str]) -> None:
+        self.pool.set_pins({name: self.RANKS[name] for name in sorted(names)})
+
+    @rule()
+    def place_pins(self) -> None:
+        for name, row in self.pool.place_pins():
+            assert name not in self.loading
+            self.loading[name] = row
+
     @invariant()
     def held_adapters_stay(self) -> None:
-        held = self.pool.held()
+        held, pins = self.pool.held(), self.pool.pins
         assert set(self.holds) <= held
         assert len(held) <= 3
-        assert self.pool.can_hold(["z"]) == (len(held) < 3)
+        assert self.pool.can_hold(["z"]) == (len(held | pins) < 3)
+        assert len(held) == 3 or not pins - held or len(held | pins) > 3 or self.pool.can_hold(pins)
 
     def teardown(self) -> None:
         for name in list(self.loading):
             self.pool.loaded(name)
         for name in self.holds:
             self.pool.release(name)
+        self.pool.place_pins()
+        assert self.pool.pins <= self.pool.held(), "with nothing held, every pin has its place"
         self.pool.check_integrity()
 
 

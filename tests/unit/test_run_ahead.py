@@ -15,6 +15,7 @@ import pytest
 from loramux import LLM, SamplingParams
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig
+from loramux.engine.adapter_parts import make_loads
 from loramux.engine.engine import MAX_FAILED_STEPS
 from loramux.engine.loads import MAX_PREFETCHES, AdapterLoads
 from loramux.engine.plan import PENDING, AdapterLoad, StepPlan, StepResult
@@ -191,7 +192,8 @@ def test_answers_are_those_of_one_step_after_the_other(tiny_world: TinyWorld, la
         if late:
             device = LateDevice(llm.engine.runner)
             llm.engine.runner = device  # type: ignore[assignment]
-            llm.engine.loads = llm.engine._make_loads()
+            store, inbox = llm.engine.store, llm.engine.inbox
+            llm.engine.loads = make_loads(store, llm.engine.runner, inbox, llm.engine._arrived)
         got = _serve(llm, tiny_world)
         stats = llm.engine.stats()
         assert stats.preemptions > 0 and stats.device_evictions > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 
 import pytest
@@ -9,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux.adapters.pool import AdapterPool
+from loramux.adapters.registry import Registry
 from loramux.engine.blocks import BlockPool
+from loramux.engine.places import Room
 from loramux.engine.plan import PENDING, Row, Sampled, SampleSpec, StepPlan, StepResult
 from loramux.engine.scheduler import Scheduler, SchedulerLimits
 from loramux.engine.sequence import Sequence
-from loramux.types import AdapterRef, Request, SamplingParams
+from loramux.errors import InvalidField, PinRefused
+from loramux.types import AdapterRef, AdapterUse, Request, SamplingParams
 
 
 class World:
@@ -52,6 +57,9 @@ class World:
         self.count += 1
         self.scheduler.add(sequence)
         return sequence
+
+    def pin(self, *digests: str) -> None:
+        self.scheduler.set_pins({d: AdapterRef(d, d, "", 4, 1) for d in digests})
 
     def step(self) -> StepPlan:
         self.now += 1
@@ -333,3 +341,110 @@ def test_what_is_held_ahead_of_time_goes_to_an_older_one_that_lost_patience() ->
 def test_limits_are_whole() -> None:
     with pytest.raises(AttributeError):
         World().limits.max_num_seqs = 3  # type: ignore[misc]
+
+
+def test_a_pinned_adapter_is_there_before_it_is_asked_for_and_never_goes() -> None:
+    world = World(max_loras=2)
+    world.pin("p")
+    world.step()
+    assert world.loading == ["p"]
+    for name in "abcd":
+        world.add([1] * 3, adapters=((name, 1.0),))
+        world.run()
+        assert "p" in world.pool.resident()
+    pinned = world.add([1] * 3, adapters=(("p", 1.0),))
+    assert world.step().rows, "no load is waited for"
+    world.run()
+    assert pinned.num_output == 4
+
+
+def test_a_pin_under_full_traffic_gets_its_place_and_nobody_starves() -> None:
+    world = World(max_loras=2, patience=3)
+    both = [world.add([1] * 3, answer=30, adapters=((name, 1.0),)) for name in "ab"]
+    world.step()
+    world.pin("p")
+    others = [world.add([1] * 3, answer=3, adapters=((name, 1.0),)) for name in "cdpe"]
+    world.run(400)
+    assert "p" in world.pool.resident()
+    assert all(s.finish_reason == "length" for s in [*both, *others])
+
+
+def test_what_becomes_free_in_a_step_is_left_to_a_pin() -> None:
+    world = World()
+    a, b, p = (world.add([1] * 3, adapters=((name, 1.0),)) for name in "abp")
+    room = Room({"a"}, 2, frozenset("p"))
+    assert room.fits(a) and room.fits(p) and not room.fits(b)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    ahead=st.booleans(),
+    seed=st.integers(0, 100_000),
+    max_loras=st.integers(1, 4),
+    patience=st.sampled_from([0.0, 2.0, 30.0]),
+)
+def test_pins_replacements_and_sums_never_deadlock(
+    ahead: bool, seed: int, max_loras: int, patience: float
+) -> None:
+    """A registry decides who is pinned; requests, pins, replacements and unloads come in any order."""
+    rng = random.Random(seed)
+    world = World(max_loras=max_loras, patience=patience, seqs=4, ahead=ahead)
+    world.scheduler.set_pins({})
+    gone: list[str] = []
+    registry = Registry(
+        on_gone=gone.append,
+        max_loras=max_loras,
+        on_pins=lambda refs, granted: world.pin(*(refs[d].digest for d in sorted(granted))),
+    )
+    users: dict[Sequence, list[str]] = {}
+    version = itertools.count()
+
+    def settle() -> None:
+        for sequence in [s for s in users if s.finish_reason is not None]:
+            registry.release(users.pop(sequence))
+        while gone:
+            world.pool.drop(gone.pop())
+
+    def publish(name: str) -> None:
+        pinned = rng.choice([None, None, True, False])
+        with contextlib.suppress(PinRefused):
+            registry.publish(AdapterRef(name, f"{name}{next(version)}", "", 4, 1), pinned=pinned)
+
+    everything: list[Sequence] = []
+    for name in "abcde":
+        publish(name)
+    for _ in range(60):
+        names = registry.names()
+        chance = rng.random()
+        if chance < 0.45 and names and len(users) < 10:
+            uses = [
+                AdapterUse(n) for n in rng.sample(names, rng.randint(1, min(len(names), max_loras)))
+            ]
+            with contextlib.suppress(InvalidField):
+                refs = registry.acquire(uses)
+                adapters = tuple((ref.digest, scale) for ref, scale in refs)
+                sequence = world.add([rng.randint(0, 2)] * 5, rng.randint(1, 9), adapters)
+                users[sequence] = [ref.digest for ref, _ in refs]
+                everything.append(sequence)
+        elif chance < 0.6:
+            publish(rng.choice("abcde"))
+        elif chance < 0.7 and names:
+            with contextlib.suppress(PinRefused):
+                registry.pin(rng.choice(names), rng.random() < 0.7)
+        elif chance < 0.75 and names:
+            registry.remove(rng.choice(names))
+        world.step()
+        settle()
+    for _ in range(3000):
+        if not users:
+            break
+        world.step()
+        settle()
+    assert not users, "something never finished"
+    assert all(s.finish_reason == "length" for s in everything)
+    for _ in range(4):
+        world.step()
+    pinned = {s.ref.digest for s in registry.statuses(bool, bool) if s.pinned}
+    assert pinned == world.pool.pins <= set(world.pool.resident())
+    registry.check_integrity()
+    world.run()

@@ -88,11 +88,7 @@ def read_header(folder: Path) -> tuple[list[FileTensor], FileIdentity | None, li
             return [], None, [reason]
         return [], None, [f"{WEIGHTS_NAME} is missing"]
     try:
-        with open(path, "rb", buffering=0) as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            reason = f"its header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
-            return [], None, [f"{WEIGHTS_NAME} is damaged or truncated: {reason}"]
+        _check_length(path)
         with safe_open(str(path), framework="pt"):
             pass  # it checks more of the header than we need, and says well what is wrong
         with open(path, "rb", buffering=0) as file:
@@ -102,6 +98,14 @@ def read_header(folder: Path) -> tuple[list[FileTensor], FileIdentity | None, li
         return _tensors(header, 8 + header_bytes, identity.size), identity, []
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         return [], None, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
+
+
+def _check_length(path: Path) -> None:
+    """Raise ValueError if the file says that its header is longer than a header or the file is."""
+    with open(path, "rb", buffering=0) as file:
+        size, stated = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if stated > min(MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"its header claims {stated} bytes")
 
 
 def _tensors(header: dict[str, dict[str, list[int]]], base: int, size: int) -> list[FileTensor]:

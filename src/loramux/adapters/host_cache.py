@@ -1,4 +1,5 @@
-"""Adapters ready in host memory: at most `capacity` of them, least recently used out first.
+"""Adapters ready in host memory: at most `capacity` of them, least recently used out first, those
+that are pinned never.
 
 Does not know what an adapter is; safe to call from any thread.
 """
@@ -10,6 +11,7 @@ import mmap
 import threading
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -21,6 +23,8 @@ class HostCache(Generic[Value]):
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.evictions = 0
+        self.pinned: Collection[str] = frozenset()
+        """Fewer than `capacity` of them; replaced whole, never changed."""
         self._lock = threading.Lock()
         self._values: OrderedDict[str, Value] = OrderedDict()
 
@@ -31,18 +35,29 @@ class HostCache(Generic[Value]):
                 self._values.move_to_end(digest)
             return self._values.get(digest)
 
-    def put(self, digest: str, value: Value) -> None:
-        """Keep `value`; room is made before it is taken, so the capacity holds at every moment."""
+    def put(self, digest: str, value: Value) -> list[str]:
+        """Keep `value`; room is made before it is taken, so the capacity holds at every moment.
+
+        Returns what was evicted for it."""
+        evicted: list[str] = []
         with self._lock:
             if digest not in self._values and len(self._values) >= self.capacity:
-                self._values.popitem(last=False)
+                pinned = self.pinned
+                evicted = [next(key for key in self._values if key not in pinned)]
+                del self._values[evicted[0]]
                 self.evictions += 1
             self._values[digest] = value
             self._values.move_to_end(digest)
+        return evicted
 
-    def drop(self, digest: str) -> None:
+    def drop(self, digest: str) -> bool:
+        """Whether it was there."""
         with self._lock:
-            self._values.pop(digest, None)
+            return self._values.pop(digest, None) is not None
+
+    def values(self) -> list[Value]:
+        with self._lock:
+            return list(self._values.values())
 
     def __contains__(self, digest: str) -> bool:
         with self._lock:

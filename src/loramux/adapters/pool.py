@@ -8,13 +8,14 @@ padded. Because an adapter never spans slots, at most `max_loras - 1` held adapt
 without a holder, whose idle tenants can go: one more always fits, whatever came before.
 
 A *holder* is a request that needs the adapter where it is. Held adapters are never evicted; idle
-ones go least recently used first.
+ones go least recently used first. A *pinned* adapter counts as held from the moment it has a place,
+and until then no request may take the place it needs.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,10 @@ class AdapterPool:
         self._granule = granule
         self.rows_per_slot = self._rows(max_lora_rank)
         self.evictions = 0
+        self.on_evict: Callable[[str], None] = lambda digest: None
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # least recently used first
+        self._pins: dict[str, int] = {}  # digest -> r
+        self._placed_pins: set[str] = set()  # those that count as held
 
     @property
     def num_rows(self) -> int:
@@ -59,12 +63,38 @@ class AdapterPool:
         return tenant is not None and tenant.holders > 0
 
     def held(self) -> set[str]:
-        """Digests that cannot go now: some request holds them, or their weights are on the way."""
-        return {d for d, t in self._tenants.items() if t.holders or t.state == "loading"}
+        """Digests that cannot go now: some request holds them, their weights are on the way, or
+        they are pinned and have a place."""
+        return {d for d, t in self._tenants.items() if self._stays(d, t)}
+
+    @property
+    def pins(self) -> frozenset[str]:
+        """Digests that are pinned, those too that have no place yet."""
+        return frozenset(self._pins)
 
     def can_hold(self, digests: Iterable[str]) -> bool:
-        """Whether these fit beside everything held now, at most `max_loras` in all."""
-        return len(self.held().union(digests)) <= self.max_loras
+        """Whether these fit beside everything held now and all pins, at most `max_loras` in all."""
+        held, wanted = self.held(), set(digests)
+        return wanted <= held or len(held.union(wanted, self._pins)) <= self.max_loras
+
+    def set_pins(self, pins: Mapping[str, int]) -> None:
+        """Pin exactly these, digest -> r. Fewer than `max_loras`."""
+        assert len(pins) < self.max_loras or not pins, "pins leave no place. This is a bug."
+        self._pins = dict(pins)
+        self._placed_pins.intersection_update(pins)
+
+    def place_pins(self) -> list[tuple[str, int]]:
+        """Give pins without a place one, as far as others leave room. (digest, first row) of those
+        whose weights must be loaded."""
+        loads = []
+        for digest, r in self._pins.items():
+            if digest in self._placed_pins or len(self.held() | {digest}) > self.max_loras:
+                continue
+            if digest not in self._tenants:
+                loads.append((digest, self._settle(digest, r)))
+            self._tenants[digest].doomed = False
+            self._placed_pins.add(digest)
+        return loads
 
     def hold(self, digest: str, r: int) -> int | None:
         """Add a holder. Returns the first row to load into if the adapter was absent, else None.
@@ -77,9 +107,8 @@ class AdapterPool:
             tenant.holders += 1
             tenant.doomed = False
             return None
-        rows = self._rows(r)
-        slot, first_row = self._find(rows)
-        self._tenants[digest] = _Tenant(first_row, rows, slot, holders=1)
+        first_row = self._settle(digest, r)
+        self._tenants[digest].holders = 1
         return first_row
 
     def release(self, digest: str) -> None:
@@ -95,14 +124,16 @@ class AdapterPool:
             del self._tenants[digest]
 
     def load_failed(self, digest: str) -> None:
-        """The weights did not arrive; its holders must have been released."""
+        """The weights did not arrive; its holders must have been released. Its pin is gone too."""
         assert not self._tenants[digest].holders, "a failed adapter is still held. This is a bug."
         del self._tenants[digest]
+        self._pins.pop(digest, None)
+        self._placed_pins.discard(digest)
 
     def drop(self, digest: str) -> None:
         """The version is gone for good: free its rows as soon as nobody writes them."""
         tenant = self._tenants.get(digest)
-        if tenant is None or tenant.holders:
+        if tenant is None or tenant.holders or digest in self._placed_pins:
             return
         if tenant.state == "loading":
             tenant.doomed = True
@@ -111,6 +142,14 @@ class AdapterPool:
 
     def resident(self) -> list[str]:
         return [d for d, tenant in self._tenants.items() if tenant.state == "resident"]
+
+    def __contains__(self, digest: str) -> bool:
+        """Whether rows are taken for it."""
+        return digest in self._tenants
+
+    @property
+    def rows_taken(self) -> int:
+        return sum(tenant.r for tenant in list(self._tenants.values()))
 
     def check_integrity(self) -> None:
         """No holder is left, and no two adapters share a row."""
@@ -122,6 +161,16 @@ class AdapterPool:
 
     def _rows(self, r: int) -> int:
         return r + -r % self._granule
+
+    def _stays(self, digest: str, tenant: _Tenant) -> bool:
+        return bool(tenant.holders) or tenant.state == "loading" or digest in self._placed_pins
+
+    def _settle(self, digest: str, r: int) -> int:
+        """Make it a tenant, and return its first row."""
+        rows = self._rows(r)
+        slot, first_row = self._find(rows)
+        self._tenants[digest] = _Tenant(first_row, rows, slot)
+        return first_row
 
     def _find(self, r: int) -> tuple[int, int]:
         """(slot, first row) with r free rows, evicting idle adapters if it must."""
@@ -148,10 +197,11 @@ class AdapterPool:
 
     def _evict_one(self) -> int:
         """Evict the least recently used idle adapter, from a slot nobody holds where there is one."""
-        blocked = {t.slot for t in self._tenants.values() if t.holders or t.state == "loading"}
-        idle = [d for d, t in self._tenants.items() if not t.holders and t.state == "resident"]
+        blocked = {t.slot for d, t in self._tenants.items() if self._stays(d, t)}
+        idle = [d for d, t in self._tenants.items() if not self._stays(d, t)]
         free = [d for d in idle if self._tenants[d].slot not in blocked]
         assert free or idle, "no adapter can be evicted: can_hold was not asked. This is a bug."
         digest = (free or idle)[0]
         self.evictions += 1
+        self.on_evict(digest)
         return self._tenants.pop(digest).slot

@@ -14,25 +14,29 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from loramux.adapters.downloads import Downloads, Fetched
+from loramux.adapters.feed import EventFeed
 from loramux.adapters.files import CORES_A_COPIER, cores
+from loramux.adapters.header import WEIGHTS_NAME
 from loramux.adapters.heads import Head, head_of
 from loramux.adapters.host_cache import HostCache, HostMemory
 from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
 from loramux.adapters.self_test import refuse_differing
+from loramux.adapters.spool import Spool
 from loramux.adapters.weights import AdapterSource, AdapterWeights
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterLoadFailed, AdapterRejected, LoramuxError
 from loramux.schema import ModelSchema
-from loramux.types import AdapterRef, AdapterStatus
+from loramux.types import AdapterEventKind, AdapterPlace, AdapterRef, AdapterStatus
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ class _Staged:
     head: Head | None
     load_s: float
     claim: contextlib.ExitStack
+    expected: str | None = None
+    pinned: bool | None = None
 
 
 def _threads(count: int, name: str) -> ThreadPoolExecutor:
@@ -74,10 +80,12 @@ class AdapterStore:
         *,
         reserved_names: list[str],
         on_gone: Callable[[str], None],
+        on_pins: Callable[[Mapping[str, AdapterRef]], None] = lambda refs: None,
         rehearse: Callable[[AdapterWeights], None] = lambda weights: None,
         head_dtype: torch.dtype | None = None,
     ):
-        """`rehearse` raises when the device could not take a new adapter. `head_dtype` is the model's;
+        """`rehearse` raises when the device could not take a new adapter. `on_pins` is told, by digest,
+        which versions the device must keep, whenever that changes. `head_dtype` is the model's;
         None: the same as the adapters' `dtype`."""
         self._schema = schema
         self._config = config
@@ -85,9 +93,20 @@ class AdapterStore:
         self._head_dtype = head_dtype or dtype
         self._heads: dict[str, Head] = {}  # by digest
         self._on_gone = on_gone
+        self._on_pins = on_pins
         self._rehearse = rehearse
         self.host = HostCache[AdapterWeights](config.host_capacity)
-        self.registry = Registry(reserved_names, self._gone)
+        self.feed = EventFeed()
+        self.registry = Registry(
+            reserved_names,
+            self._gone,
+            max_loras=config.max_loras,
+            max_names=config.max_registered_adapters,
+            on_pins=self._pins_changed,
+            feed=self.feed,
+        )
+        self.spool = Spool()
+        self._spooled: dict[str, str] = {}  # digest -> folder
         self.reads = 0
         self._memory = HostMemory()
         self._downloads = Downloads(
@@ -103,22 +122,42 @@ class AdapterStore:
         self._checker = _threads(self.checkers, "adapter-checker")
         self._rehearsing = threading.Lock()
 
-    def add(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
-        """Serve the adapter in `path`, a folder or another source (see `sources`), under `name`.
+    def add(
+        self,
+        name: str,
+        path: str,
+        *,
+        replace: bool = False,
+        expected: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        """Serve the adapter in `path`, a folder or another source (see `sources`), under `name`;
+        `expected` and `pinned` as `Registry.publish` has them.
 
-        Blocks while it is read; call it outside the step loop. Raises AdapterExists, AdapterNotFound,
-        AdapterRejected, or what `rehearse` raises, and then nothing has changed.
+        Blocks while it is read; call it outside the step loop. Raises AdapterExists, AdapterConflict,
+        PinRefused, Forbidden, AdapterNotFound, AdapterRejected, or what `rehearse` raises, and then
+        nothing has changed.
         """
-        self.stage(name, path, replace=replace)
+        self.stage(name, path, replace=replace, expected=expected, pinned=pinned)
         return self.publish(name)
 
-    def stage(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
+    def stage(
+        self,
+        name: str,
+        path: str,
+        *,
+        replace: bool = False,
+        expected: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
         """The first half of `add`: read and check, and keep the name until `publish` or `discard`.
 
         Blocks and raises as `add` does.
         """
         with contextlib.ExitStack() as claim:
-            claim.enter_context(self.registry.loading(name, replace=replace))
+            claim.enter_context(
+                self.registry.loading(name, replace=replace, expected=expected, pinned=pinned)
+            )
             start = time.perf_counter()
             fetched = self._downloads.fetch(path)
             weights = self._checker.submit(self._read, name, fetched).result()
@@ -126,7 +165,8 @@ class AdapterStore:
             with self._rehearsing:
                 self._rehearse(weights)
             load_s = time.perf_counter() - start
-            self._staged[name] = _Staged(weights, head, load_s, claim.pop_all())
+            staged = _Staged(weights, head, load_s, claim.pop_all(), expected, pinned)
+            self._staged[name] = staged
         return weights.ref
 
     def staged(self, name: str) -> AdapterRef | None:
@@ -134,15 +174,23 @@ class AdapterStore:
         return staged.weights.ref if staged else None
 
     def publish(self, name: str) -> AdapterRef:
-        """The second half of `add`: serve what was staged under this name."""
+        """The second half of `add`: serve what was staged under this name. Raises AdapterConflict or
+        PinRefused where the name has changed meanwhile."""
         staged = self._staged.pop(name)
+        ref, load_s = staged.weights.ref, staged.load_s
         with staged.claim:
-            self.host.put(staged.weights.ref.digest, staged.weights)
-            self._sources[staged.weights.ref.digest] = staged.weights.source
-            self._keep(staged)
-            ref = self.registry.publish(staged.weights.ref, staged.load_s)
-            self._keep(staged)  # an equal version may have gone while this one came
-        self._report(ref, staged.load_s)
+            self._install(staged)  # now, since to free what it evicts may take long
+            try:
+                with self.registry.unchanged():
+                    self.registry.publish(
+                        ref, load_s, expected=staged.expected, pinned=staged.pinned
+                    )
+                    self._install(staged)  # an equal version may have gone while this one came
+                    self._adopt_folder(ref)
+                    self._tell("host-loaded", ref.digest)
+            finally:
+                self._forget_unless_served(ref.digest)
+        self._report(ref, load_s)
         return ref
 
     def discard(self, name: str) -> None:
@@ -150,9 +198,9 @@ class AdapterStore:
         if (staged := self._staged.pop(name, None)) is not None:
             staged.claim.close()
 
-    def remove(self, name: str) -> AdapterRef:
+    def remove(self, name: str, *, expected: str | None = None) -> AdapterRef:
         """Stop serving `name`; see `Registry.remove`."""
-        return self.registry.remove(name)
+        return self.registry.remove(name, expected=expected)
 
     def head(self, digest: str) -> Head | None:
         """The classification head of a version that is served or has users, if it has one."""
@@ -167,29 +215,40 @@ class AdapterStore:
         """Call `use` in the reader's thread, with what gets the weights or raises AdapterLoadFailed."""
         self._reader.submit(use, partial(self._fetch, ref))
 
-    def status(self, on_device: Callable[[str], bool]) -> list[AdapterStatus]:
-        """One entry a served name."""
-        rows = []
-        for name in self.registry.names():
-            if (ref := self.registry.current(name)) is None:
-                continue
-            rows.append(
-                AdapterStatus(
-                    ref=ref,
-                    users=self.registry.users(ref.digest),
-                    on_host=ref.digest in self.host,
-                    on_device=on_device(ref.digest),
-                    load_s=self.registry.load_s(ref.digest),
-                )
-            )
-        return rows
+    def status(
+        self, on_device: Callable[[str], bool], *, draining: bool = False
+    ) -> list[AdapterStatus]:
+        """One entry a served name; with `draining`, also one for each version that drains."""
+        rows = self.registry.statuses(self.host.__contains__, on_device)
+        return [row for row in rows if draining or row.state == "ready"]
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all adapters that are kept in host memory."""
+        return sum(weights.buffer.numel() for weights in self.host.values())
+
+    def evicted(self, digest: str, place: AdapterPlace) -> None:
+        """Tell listeners that a version has left a place."""
+        self._tell("evicted", digest, place)
+
+    def on_device(self, digest: str) -> None:
+        """Tell listeners that a version has arrived on the device."""
+        self._tell("device-loaded", digest)
+
+    def _tell(self, kind: AdapterEventKind, digest: str, place: AdapterPlace | None = None) -> None:
+        """Nothing comes of a version that is gone."""
+        with self.registry.unchanged():
+            if (ref := self.registry.version(digest)) is not None:
+                self.feed.tell(kind, ref.name, digest, place=place)
 
     def close(self) -> None:
         self._downloads.close()
         for threads in (self._reader, self._checker):
             threads.shutdown(wait=True, cancel_futures=True)
+        self.spool.close()
 
     def _read(self, name: str, fetched: Fetched) -> AdapterWeights:
+        self._check_size(name, fetched.folder)
         self.reads += 1
         weights, _ = read_adapter(
             name, fetched.folder, self._schema, self._config, self._dtype, self._memory
@@ -200,6 +259,16 @@ class AdapterStore:
             refuse_differing(weights, self._schema.aliases)
         return weights
 
+    def _check_size(self, name: str, folder: str | Path) -> None:
+        most = self._config.max_adapter_bytes
+        try:
+            size = (Path(folder).expanduser() / WEIGHTS_NAME).stat().st_size
+        except OSError:
+            return  # the reader says what is wrong
+        if most is not None and size > most:
+            reason = f"{WEIGHTS_NAME} has {size} bytes, and at most {most} are allowed"
+            raise AdapterRejected(name, [reason], remedy="start with a larger --max-adapter-bytes")
+
     def _head_of(self, weights: AdapterWeights) -> Head | None:
         head = head_of(weights, self._head_dtype)
         if head is not None and not head.is_finite:
@@ -207,9 +276,36 @@ class AdapterStore:
             raise AdapterRejected(weights.ref.name, [reason])
         return head
 
-    def _keep(self, staged: _Staged) -> None:
+    def _install(self, staged: _Staged) -> None:
+        digest = staged.weights.ref.digest
+        self._keep_on_host(digest, staged.weights)
+        self._sources[digest] = staged.weights.source
         if staged.head is not None:
-            self._heads[staged.weights.ref.digest] = staged.head
+            self._heads[digest] = staged.head
+
+    def _keep_on_host(self, digest: str, weights: AdapterWeights) -> None:
+        for other in self.host.put(digest, weights):
+            self.evicted(other, "host")
+
+    def _forget_unless_served(self, digest: str) -> None:
+        """What was kept for a version that has gone meanwhile, or never came, would stay for ever."""
+        with self.registry.unchanged():
+            if self.registry.version(digest) is None:
+                self.host.drop(digest)
+                self._sources.pop(digest, None)
+                self._heads.pop(digest, None)
+
+    def _adopt_folder(self, ref: AdapterRef) -> None:
+        """A folder of ours goes with its version, or when the same version comes from another one."""
+        before = self._spooled.pop(ref.digest, None)
+        if self.spool.owns(ref.source):
+            self._spooled[ref.digest] = ref.source
+        if before is not None and before != ref.source:
+            self._drop_folder(before)
+
+    def _drop_folder(self, folder: str) -> None:
+        with contextlib.suppress(RuntimeError):  # closed: all of them go
+            self._reader.submit(self.spool.drop, folder)  # large files take their time
 
     def _read_again(self, ref: AdapterRef) -> AdapterWeights | None:
         """The weights without checking them, if the files are those that were checked."""
@@ -226,8 +322,11 @@ class AdapterStore:
         if (cached := self.host.get(ref.digest)) is not None:
             return cached
         start = time.perf_counter()
+        ref = self.registry.version(ref.digest) or ref  # its newest source
         weights = self._read_again(ref) or self._read_and_compare(ref)
-        self.host.put(ref.digest, weights)
+        self._keep_on_host(ref.digest, weights)
+        self._tell("host-loaded", ref.digest)
+        self._forget_unless_served(ref.digest)
         self._report(ref, time.perf_counter() - start)
         return weights
 
@@ -256,4 +355,15 @@ class AdapterStore:
         self.host.drop(digest)
         self._sources.pop(digest, None)
         self._heads.pop(digest, None)
+        if (folder := self._spooled.pop(digest, None)) is not None:
+            self._drop_folder(folder)
         self._on_gone(digest)
+
+    def _pins_changed(self, refs: Mapping[str, AdapterRef], granted: frozenset[str]) -> None:
+        """Under the registry's lock."""
+        self.host.pinned = frozenset(refs)
+        for ref in refs.values():
+            if ref.digest not in self.host:
+                with contextlib.suppress(RuntimeError):  # closed
+                    self.fetch(ref)
+        self._on_pins({digest: refs[digest] for digest in granted})

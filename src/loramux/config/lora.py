@@ -46,11 +46,14 @@ HASHED_FIELDS = (
     "max_lora_cls_labels",
 )
 
-# Fields that do not: where weights come from and wait, and which adapter a request gets by default.
+# Fields that do not: where weights come from and wait, which adapter a request gets by default, and what
+# may be loaded at all.
 UNHASHED_FIELDS = (
     "max_cpu_loras",
     "default_mm_loras",
     "default_mm_loras_policy",
+    "max_registered_adapters",
+    "max_adapter_bytes",
     "adapter_roots",
     "adapter_repositories",
     "resolver_timeout_s",
@@ -147,6 +150,13 @@ class LoRAConfig(BaseModel):
     max_lora_cls_labels: int | None = Field(default=None, ge=1)
     """Most labels of an adapter's own classification head; one with more is refused. Heads are not
     padded to it: each takes what it needs, in host memory. None: any number."""
+
+    max_registered_adapters: int | None = Field(default=None, ge=1)
+    """Most adapter names served at once; one more is refused. None: any number."""
+
+    max_adapter_bytes: int | None = Field(default=None, ge=1)
+    """Largest `adapter_model.safetensors`; a larger one is refused before it is opened. None: what
+    `max_lora_rank` allows, and 2 GiB for one that comes in the body of a request."""
 
     adapter_roots: list[str] | None = None
     """Look up adapters that are not known yet: the name `a/b` is the folder `a/b` below one of these

@@ -16,21 +16,20 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import torch
+from typing import Any
 
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig, plan_memory
+from loramux.engine.adapter_parts import make_loads, make_store, tell_evictions
 from loramux.engine.admission import Admission
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.collector import settle
 from loramux.engine.devices import make_runner
 from loramux.engine.inbox import Inbox
 from loramux.engine.leading import start
-from loramux.engine.loads import AdapterLoads
 from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
 from loramux.engine.pooling import Pooler, PoolingModel
@@ -41,7 +40,6 @@ from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
 from loramux.engine.snapshot import snapshot
 from loramux.errors import EngineError, EngineStopped, InvalidField, LoramuxError, Overloaded
-from loramux.schema import ModelSchema
 from loramux.types import (
     AdapterRef,
     AdapterStatus,
@@ -66,6 +64,7 @@ class _Open:
     request: Request
     answers: list[Answer]
     remaining: int
+    queued: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +89,14 @@ class Engine:
         self.media = media_prompts(started)
         self.runner = started.runner
         self.inbox = Inbox()
-        self.store = self._make_store(loaded.attached.schema)
-        self.loads = self._make_loads()
+        schema, inbox = loaded.attached.schema, self.inbox
+        self.store = make_store(self.config, schema, self.runner, inbox, self._gone, self._pinned)
+        self.loads = make_loads(self.store, self.runner, inbox, self._arrived)
         model = PoolingModel.of(loaded)
         self.admission = Admission(self.config, self.store, loaded.vocab_size, model)
         self.pooler = Pooler(model, self.store)
         self.scheduler = make_scheduler(self.config, self.runner.num_blocks, started.facts.encoder)
+        tell_evictions(self.store, self.scheduler.adapters)
         eos = loaded.eos_token_ids | {i for i in [self.text.eos_token_id] if i is not None}
         assert self.config.max_model_len is not None
         self.writer = AnswerWriter(self.text, frozenset(eos), self.config.max_model_len)
@@ -121,8 +122,9 @@ class Engine:
         prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
-    ) -> None:
-        """Queue a request; its Deltas come out of `step`, one whole one where it is pooled.
+    ) -> tuple[AdapterRef, ...]:
+        """Queue a request; its Deltas come out of `step`, one whole one where it is pooled. Returns the
+        version of each adapter that the answer will come from.
 
         Raises a RequestError when it cannot be served, Overloaded when the queue is full and
         EngineStopped after `stop`.
@@ -140,6 +142,7 @@ class Engine:
             opened = _Open(request, answers_of(request, self._seeds, self._ids), params.n)
             self._open[request_id] = opened
         self.inbox.post(partial(self._enqueue, opened))
+        return tuple(ref for ref, _ in request.adapters)
 
     def cancel(self, request_id: str) -> None:
         """End a request early; nothing more comes out for it."""
@@ -147,20 +150,24 @@ class Engine:
 
     # --- adapters, from any thread -------------------------------------------------------------
 
-    def add_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterRef:
+    def add_adapter(self, name: str, path: str, **how: Any) -> AdapterRef:
         """Read an adapter and serve it; blocks the caller, not the steps. See `AdapterStore.add`."""
-        return self.require_store().add(name, path, replace=replace)
+        return self.require_store().add(name, path, **how)
 
-    def remove_adapter(self, name: str) -> AdapterRef:
+    def remove_adapter(self, name: str, *, expected: str | None = None) -> AdapterRef:
         """Stop serving an adapter; requests in flight finish on it. Raises AdapterNotFound."""
-        return self.require_store().remove(name)
+        return self.require_store().remove(name, expected=expected)
 
-    def adapters(self) -> list[AdapterStatus]:
-        """One entry a served name."""
+    def end_requests(self, digest: str, error: LoramuxError) -> None:
+        """End every request in flight that uses this version with `error`."""
+        self.inbox.post(partial(self._end_requests, digest, error))
+
+    def adapters(self, *, draining: bool = False) -> list[AdapterStatus]:
+        """One entry a served name; with `draining`, also one for each version that drains."""
         pool = self.scheduler.adapters
         if self.store is None or pool is None:
             return []
-        return self.store.status(pool.is_resident)
+        return self.store.status(pool.is_resident, draining=draining)
 
     def require_store(self) -> AdapterStore:
         if self.store is None:
@@ -206,9 +213,7 @@ class Engine:
         self._take_in()
         self._drop_in_flight()
         for opened in list(self._open.values()):
-            for answer in opened.answers:
-                if answer.finish_reason is None:
-                    self._end(answer, error)
+            self._end_all(opened, error)
         return self._take_out()
 
     def stop(self) -> None:
@@ -228,7 +233,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters at this moment; the cumulative ones never go down."""
-        parts = (self.scheduler, self.store, self.memory, self.adapters())
+        parts = (self.scheduler, self.store, self.memory, self.adapters(draining=True))
         return snapshot(self._totals, *parts)
 
     def check_integrity(self) -> None:
@@ -240,29 +245,8 @@ class Engine:
         if self.store is not None:
             self.store.registry.check_integrity()
 
-    def _make_store(self, schema: ModelSchema) -> AdapterStore | None:
-        if (lora := self.config.lora) is None:
-            return None
-        return AdapterStore(
-            schema,
-            lora,
-            getattr(torch, lora.lora_dtype),
-            reserved_names=self.config.model_names,
-            on_gone=lambda digest: self.inbox.post(partial(self._gone, digest)),
-            rehearse=self.runner.rehearse,
-            head_dtype=self.runner.attached.model.dtype,
-        )
-
-    def _make_loads(self) -> AdapterLoads | None:
-        if self.store is None:
-            return None
-
-        def arrived(ref: AdapterRef, failure: LoramuxError | None) -> None:
-            self.inbox.post(partial(self._arrived, ref, failure))
-
-        return AdapterLoads(self.store, self.runner.load, arrived)
-
     def _enqueue(self, opened: _Open) -> None:
+        opened.queued = True
         for answer in opened.answers:
             self.writer.open(answer)
             self.scheduler.add(answer)
@@ -361,6 +345,16 @@ class Engine:
         )
         self._finish(answer, "error")
 
+    def _end_all(self, opened: _Open, error: LoramuxError) -> None:
+        for answer in opened.answers:
+            if answer.finish_reason is None:
+                self._end(answer, error)
+
+    def _end_requests(self, digest: str, error: LoramuxError) -> None:
+        for opened in list(self._open.values()):
+            if opened.queued and any(ref.digest == digest for ref, _ in opened.request.adapters):
+                self._end_all(opened, error)
+
     def _finish(self, answer: Answer, reason: str) -> None:
         if answer.finish_reason is None:
             self.scheduler.finish(answer, reason)  # type: ignore[arg-type]
@@ -379,9 +373,14 @@ class Engine:
         if failure is None:
             self._totals.device_loads += 1
             self.scheduler.loaded(ref.digest)
+            self.require_store().on_device(ref.digest)
         else:
             for answer in self.scheduler.load_failed(ref.digest):
                 self._end(answer, failure)
+            self.require_store().registry.unpin_failed(ref.digest)
+
+    def _pinned(self, refs: Mapping[str, AdapterRef]) -> None:
+        self.scheduler.set_pins(refs)
 
     def _gone(self, digest: str) -> None:
         assert self.scheduler.adapters is not None

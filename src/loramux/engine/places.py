@@ -5,11 +5,13 @@ A sequence holds all its adapters or none. Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loramux.adapters.pool import AdapterPool
 from loramux.engine.plan import AdapterLoad
 from loramux.engine.sequence import Sequence
+from loramux.types import AdapterRef
 
 
 @dataclass(slots=True)
@@ -18,12 +20,14 @@ class Room:
 
     held: set[str]
     limit: int
+    pins: frozenset[str] = frozenset()  # some may have no place yet: what they need is left to them
     closed: bool = False  # an impatient one finds too few: what is free is left to it
 
     def fits(self, sequence: Sequence) -> bool:
         if self.held.issuperset(sequence.digests):
             return True
-        return not self.closed and len(self.held.union(sequence.digests)) <= self.limit
+        needed = self.held.union(sequence.digests, self.pins)
+        return not self.closed and len(needed) <= self.limit
 
 
 class Places:
@@ -33,11 +37,24 @@ class Places:
         self._pool = pool
         self._loads: list[AdapterLoad] = []
         self._since: dict[str, float] = {}  # digest -> held without a break since
+        self._pins: dict[str, AdapterRef] = {}
 
     def room(self) -> Room:
         if self._pool is None:
             return Room(set(), 0)
-        return Room(self._pool.held(), self._pool.max_loras)
+        return Room(self._pool.held(), self._pool.max_loras, self._pool.pins)
+
+    def set_pins(self, refs: Mapping[str, AdapterRef]) -> None:
+        """Pin exactly these versions, by digest."""
+        assert self._pool is not None, "pins without an adapter pool. This is a bug."
+        self._pins = dict(refs)
+        self._pool.set_pins({digest: ref.max_r for digest, ref in refs.items()})
+
+    def place_pins(self) -> None:
+        """Ask for the pinned adapters that are not on the device, as far as there is room now."""
+        if self._pool is not None and self._pins:
+            for digest, first_row in self._pool.place_pins():
+                self._loads.append(AdapterLoad(self._pins[digest], first_row))
 
     def take_loads(self) -> list[AdapterLoad]:
         """Adapters to bring to the device, decided since the last call."""

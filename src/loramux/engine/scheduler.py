@@ -21,6 +21,7 @@ token, only on their number, so the answers are those of plan, launched, commit,
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loramux.adapters.pool import AdapterPool
@@ -33,7 +34,7 @@ from loramux.engine.places import Places, Room
 from loramux.engine.plan import AdapterLoad, Row, Sampled, StepPlan, StepResult
 from loramux.engine.rows import make_row
 from loramux.engine.sequence import Sequence
-from loramux.types import FinishReason
+from loramux.types import AdapterRef, FinishReason
 
 PREFETCHED = 64  # waiting sequences that may hold places before they can run
 FEW = 8  # running sequences: with so many, turns are as long as the patience
@@ -94,6 +95,11 @@ class Scheduler:
         """Adapters to bring to the device, decided since the last call."""
         return self._places.take_loads()
 
+    def set_pins(self, refs: Mapping[str, AdapterRef]) -> None:
+        """Pin exactly these versions, by digest: from the next step on, each gets a place and keeps
+        it. Every sequence must fit beside them; see `adapters.pins`."""
+        self._places.set_pins(refs)
+
     def loaded(self, digest: str) -> None:
         """An adapter has arrived on the device."""
         assert self.adapters is not None
@@ -116,6 +122,7 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan:
         """The next step at time `now` (seconds). Empty when nothing can run yet."""
+        self._places.place_pins()
         self._rotate_for_the_impatient(now)
         preemptions, size = self.preemptions, self.blocks.block_size
         budget = self.limits.max_num_batched_tokens
@@ -333,7 +340,7 @@ class Scheduler:
                     return
         stuck = {d for s in older for d in s.held} - {d for s in self.running for d in s.held}
         stuck |= {d for s in self.running if not s.has_advanced for d in s.held}
-        stuck.update(sequence.digests)
+        stuck.update(sequence.digests, pool.pins)
         for digest in self._places.held_before(now - self.limits.adapter_patience_s):
             if pool.can_hold(sequence.digests):
                 return

@@ -16,12 +16,14 @@ from functools import partial
 from typing import Any, Self
 
 from loramux.config import EngineConfig, MemoryPlan
+from loramux.engine.adapter_changes import drain, events, received
 from loramux.engine.engine import Engine
 from loramux.engine.loop_thread import LoopThread
 from loramux.engine.resolving import Resolving, resolver_of, unknown
 from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.media import Audio, Image, Video
 from loramux.types import (
+    AdapterEvent,
     AdapterRef,
     AdapterStatus,
     AdapterUse,
@@ -30,6 +32,7 @@ from loramux.types import (
     MediaPrompt,
     PoolingParams,
     SamplingParams,
+    Unloaded,
 )
 
 logger = logging.getLogger(__name__)
@@ -169,9 +172,11 @@ class AsyncEngine:
         prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
+        admitted: Callable[[Sequence[AdapterRef]], None] | None = None,
     ) -> AsyncIterator[Delta]:
         """Deltas of all n answers, or the one of a prompt that is pooled. Leaving the iterator early
-        cancels the request.
+        cancels the request. `admitted` is told, before the first Delta, which version of each of
+        `adapters` they will come from.
 
         Raises RequestError, Overloaded or EngineStopped before the first Delta; later faults come
         as a Delta with an error.
@@ -187,8 +192,10 @@ class AsyncEngine:
         remaining = params.n
         submitted = False
         try:
-            self._engine.submit(request_id, prompt, params, adapters)
+            versions = self._engine.submit(request_id, prompt, params, adapters)
             submitted = True
+            if admitted is not None:
+                admitted(versions)
             if self.failure is not None:  # it died between the two lines above
                 raise EngineStopped("the engine died")
             while remaining:
@@ -203,10 +210,37 @@ class AsyncEngine:
 
     # --- adapters ------------------------------------------------------------------------------
 
-    async def add_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
-        """Read an adapter in a worker thread and serve it. See `Engine.add_adapter`."""
-        load = partial(self._engine.add_adapter, name, path, replace=load_inplace)
+    async def add_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_digest: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        """Read an adapter in a worker thread and serve it. See `AdapterStore.add`."""
+        how = {"replace": load_inplace, "expected": expected_digest, "pinned": pinned}
+        load = partial(self._engine.add_adapter, name, path, **how)
         return await asyncio.get_running_loop().run_in_executor(self._loading, load)
+
+    async def push_adapter(
+        self,
+        name: str,
+        config: bytes,
+        weights: AsyncIterator[bytes],
+        *,
+        expected_digest: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        """Serve an adapter that comes as the bytes of its two files, in place of what is served under
+        the name. Raises what `add_adapter` does, before the first byte is taken where it can."""
+        registry = self._engine.require_store().registry
+        registry.check_change(name, replace=True, expected=expected_digest, pinned=pinned)
+        async with received(self._engine, config, weights) as folder:
+            return await self.add_adapter(
+                name, folder, load_inplace=True, expected_digest=expected_digest, pinned=pinned
+            )
 
     async def add_adapters(self, sources: Sequence[tuple[str, str]]) -> AsyncIterator[AdapterRef]:
         """Read the adapters of (name, path), several at a time, and serve them in this order.
@@ -226,16 +260,47 @@ class AsyncEngine:
                     raise found
                 yield self.publish_adapter(name)
 
-    async def remove_adapter(self, name: str) -> None:
-        """Stop serving an adapter; requests in flight finish on it. Raises AdapterNotFound."""
-        self._engine.remove_adapter(name)
+    async def remove_adapter(
+        self, name: str, *, drain_s: float | None = None, expected_digest: str | None = None
+    ) -> Unloaded:
+        """Stop serving an adapter. Requests in flight finish on it, with `drain_s` within that many
+        seconds or with an AdapterUnloaded error; then this returns when its memory is free.
+
+        Raises AdapterNotFound or AdapterConflict.
+        """
+        ref = self._engine.remove_adapter(name, expected=expected_digest)
+        return Unloaded(ref) if drain_s is None else await drain(self._engine, ref, drain_s)
+
+    async def pin_adapter(self, name: str, pinned: bool = True) -> AdapterRef:
+        """Keep an adapter in host memory and on the device, or no longer. See `Registry.pin`."""
+        return self._engine.require_store().registry.pin(name, pinned)
+
+    def residency(self) -> list[AdapterStatus]:
+        """Every version that there is, those too that drain."""
+        return self._engine.adapters(draining=True)
+
+    def adapter_events(self) -> AsyncIterator[list[AdapterEvent] | None]:
+        """What happens to adapters from now on; see `adapter_changes.events`."""
+        return events(self._engine)
 
     async def stage_adapter(
-        self, name: str, path: str, *, load_inplace: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_digest: str | None = None,
+        pinned: bool | None = None,
     ) -> AdapterRef:
         """Read and check an adapter, and keep its name until it is published or discarded."""
-        store = self._engine.require_store()
-        stage = partial(store.stage, name, path, replace=load_inplace)
+        stage = partial(
+            self._engine.require_store().stage,
+            name,
+            path,
+            replace=load_inplace,
+            expected=expected_digest,
+            pinned=pinned,
+        )
         return await asyncio.get_running_loop().run_in_executor(self._loading, stage)
 
     async def resolve_adapter(self, name: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from loramux.adapters.pool import AdapterPool
 from loramux.adapters.store import AdapterStore
 from loramux.config import MemoryPlan
 from loramux.engine.scheduler import Scheduler
@@ -35,4 +37,18 @@ def snapshot(
         host_evictions=store.host.evictions if store else 0,
         memory=memory.parts(),
         adapters=adapters,
+        **_adapter_bytes(store, pool, memory),
     )
+
+
+def _adapter_bytes(
+    store: AdapterStore | None, pool: AdapterPool | None, memory: MemoryPlan
+) -> dict[str, Any]:
+    """Bytes that adapters take now, as fields of EngineStats; on the device, of each rank."""
+    if store is None or pool is None:
+        return {}
+    row_bytes = memory.needs.pool // pool.num_rows
+    return {
+        "adapter_host_bytes": store.host_bytes,
+        "adapter_device_bytes": pool.rows_taken * row_bytes,
+    }

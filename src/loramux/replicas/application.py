@@ -48,7 +48,7 @@ def build(
     replica_config.check_engine(config)
     config, adapters = _with_full_paths(config, adapters)
     adapters = [*adapters, *default_sources(config.lora)]
-    server_config = _with_full_root(server_config)
+    server_config = _with_full_root(server_config).with_keys_read()
     catalog = serve.deployment(CatalogKeeper, name=CATALOG).options(
         num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
     )

@@ -3,6 +3,7 @@
     load:    stage on every replica ─── all read the same ─────▶ revision + 1, publish
                                     └── one refused or differs ─▶ discard; its reason to the caller
     unload:                                                       revision + 1, withdraw
+    pin:     may_pin on every replica ─ all have room ──────────▶ revision + 1, set_pin
 
 Every change is a revision. A replica that is at an older one (it has just started, or could not be
 reached) asks for the current state and brings itself up to it. A catalog that is new in a running
@@ -16,9 +17,11 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from typing import Any, Protocol, TypeVar
 
 from loramux.errors import (
+    AdapterConflict,
     AdapterExists,
     AdapterNotFound,
     AdapterRejected,
@@ -39,6 +42,11 @@ class Entry:
     name: str
     path: str
     ref: AdapterRef | None = None
+    pinned: bool = False
+
+    def is_version(self, expected: str) -> bool:
+        """Whether it is the version with this digest, or with these first digits of one."""
+        return self.ref is not None and self.ref.digest.startswith(expected.lower())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +88,57 @@ class Catalog:
         for ref in refs:
             entry = self._state.entries.get(ref.name)
             if entry is not None and entry.ref is None:
-                self._state.entries[ref.name] = Entry(ref.name, entry.path, ref)
+                self._state.entries[ref.name] = changed(entry, ref=ref)
             elif entry is not None and entry.ref is not None and entry.ref.digest != ref.digest:
                 differing.append(ref.name)
         return differing
 
-    async def load(self, name: str, path: str, replace: bool) -> AdapterRef:
-        """Serve the adapter on every replica. Raises what a replica raises, and then none serves it."""
+    async def load(
+        self,
+        name: str,
+        path: str,
+        replace: bool,
+        expected: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        """Serve the adapter on every replica. Raises AdapterConflict, or what a replica raises, and
+        then none serves it."""
         await self._settled()
+        self._check_expected(name, expected)
+        if pinned:
+            _raise_any(await self._replicas.call("may_pin", name))
         if name in self._changing:
             raise AdapterExists(f"{name!r} is being loaded by another call", field="lora_name")
         self._changing.add(name)
         # A caller that leaves does not leave half a change behind.
-        return await asyncio.shield(asyncio.create_task(self._load(name, path, replace)))
+        return await asyncio.shield(
+            asyncio.create_task(self._load(name, path, replace, expected, pinned))
+        )
 
-    async def unload(self, name: str) -> None:
-        """Stop serving the adapter everywhere. Raises AdapterNotFound."""
+    async def unload(self, name: str, expected: str | None = None) -> AdapterRef | None:
+        """Stop serving the adapter everywhere. Raises AdapterNotFound or AdapterConflict."""
         await self._settled()
         async with self._lock:
             if name not in self._state.entries:
                 raise AdapterNotFound(f"no adapter {name!r} is served", field="lora_name")
+            self._check_expected(name, expected)
+            ref = self._state.entries[name].ref
             entries = {key: entry for key, entry in self._state.entries.items() if key != name}
             await asyncio.shield(self._commit(entries, "withdraw", name))
+            return ref
+
+    async def pin(self, name: str, pinned: bool) -> AdapterRef | None:
+        """Keep the adapter on every replica's device, or no longer. Raises AdapterNotFound or
+        PinRefused, and then nothing has changed."""
+        await self._settled()
+        async with self._lock:
+            if (entry := self._state.entries.get(name)) is None:
+                raise AdapterNotFound(f"no adapter {name!r} is served", field="lora_name")
+            if pinned:
+                _raise_any(await self._replicas.call("may_pin", name))
+            entries = {**self._state.entries, name: changed(entry, pinned=pinned)}
+            await asyncio.shield(self._commit(entries, "set_pin", name, pinned))
+            return entry.ref
 
     def fail(self, error: LoramuxError) -> None:
         """Why a replica could not start; the newest is kept."""
@@ -110,17 +147,24 @@ class Catalog:
     def failure(self) -> LoramuxError | None:
         return self._failure
 
-    async def _load(self, name: str, path: str, replace: bool) -> AdapterRef:
+    async def _load(
+        self, name: str, path: str, replace: bool, expected: str | None, pinned: bool | None
+    ) -> AdapterRef:
         try:
             results = await self._replicas.call("stage", name, path, replace)
-            try:
-                ref = _agreed(name, results)
-            except BaseException:
-                await self._replicas.call("discard", name)
-                raise
             async with self._lock:
-                entries = {**self._state.entries, name: Entry(name, path, ref)}
+                try:
+                    ref = _agreed(name, results)
+                    self._check_expected(name, expected)
+                except BaseException:
+                    await self._replicas.call("discard", name)
+                    raise
+                before = self._state.entries.get(name)
+                entry = Entry(name, path, ref, before is not None and before.pinned)
+                entries = {**self._state.entries, name: entry}
                 await self._commit(entries, "publish", name, ref.digest)
+            if pinned is not None and pinned != entry.pinned:
+                await self.pin(name, pinned)
             return ref
         finally:
             self._changing.discard(name)
@@ -131,6 +175,19 @@ class Catalog:
         for result in await self._replicas.call(method, *arguments, revision):
             if isinstance(result, BaseException):  # it will come to the state by itself
                 logger.error("a replica could not %s %s: %r", method, arguments[0], result)
+
+    def _check_expected(self, name: str, expected: str | None) -> None:
+        entry = self._state.entries.get(name)
+        if expected is None or (entry is None and expected == "none"):
+            return
+        if entry is not None and entry.is_version(expected):
+            return
+        current = entry.ref.digest if entry is not None and entry.ref is not None else None
+        raise AdapterConflict(
+            f"the adapter {name!r} has the digest {current}, and {expected!r} was expected",
+            current_digest=current,
+            remedy="look at what is served now, and decide again",
+        )
 
     async def _settled(self) -> None:
         if self._settling is None:
@@ -165,6 +222,13 @@ def _agreed(name: str, results: Sequence[Any]) -> AdapterRef:
     ref = results[0]
     assert isinstance(ref, AdapterRef)
     return ref
+
+
+def _raise_any(results: Sequence[Any]) -> None:
+    """Raise the first error that a replica has answered with."""
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
 
 
 def _told(error: BaseException, num_errors: int, num_replicas: int) -> BaseException:

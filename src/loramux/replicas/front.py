@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from loramux.config import ServerConfig
 from loramux.errors import EngineStopped, ReplicaLost
 from loramux.replicas.forwarding import Forwarded, adapters_of
+from loramux.server.access import Keyring
 from loramux.server.disconnect import ClientGone, unless_gone
 from loramux.server.errors import body_of, install_handlers, response_of
 from loramux.server.gate import ApiKeyGate, BodyLimit
@@ -60,8 +61,8 @@ def create_front(
 
     install_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=config.body_limit(None))
-    if config.api_key is not None:
-        app.add_middleware(ApiKeyGate, api_key=config.api_key.get_secret_value())
+    if keys := Keyring.of(config):
+        app.add_middleware(ApiKeyGate, keys=keys)
     return app
 
 

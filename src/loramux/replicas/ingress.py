@@ -54,19 +54,26 @@ class CatalogKeeper:
     async def confirm(self, refs: Sequence[AdapterRef]) -> list[str]:
         return await self._catalog.confirm(refs)
 
-    async def load(self, name: str, path: str, replace: bool) -> AdapterRef | LoramuxError:
+    async def load(
+        self, name: str, path: str, replace: bool, expected: str | None, pinned: bool | None
+    ) -> AdapterRef | LoramuxError:
         """The version that is served, or why none is: Ray logs what is raised as a fault."""
         try:
-            return await self._catalog.load(name, path, replace)
+            return await self._catalog.load(name, path, replace, expected, pinned)
         except LoramuxError as error:
             return error
 
-    async def unload(self, name: str) -> LoramuxError | None:
+    async def unload(self, name: str, expected: str | None) -> AdapterRef | LoramuxError | None:
         try:
-            await self._catalog.unload(name)
+            return await self._catalog.unload(name, expected)
         except LoramuxError as error:
             return error
-        return None
+
+    async def pin(self, name: str, pinned: bool) -> AdapterRef | LoramuxError | None:
+        try:
+            return await self._catalog.pin(name, pinned)
+        except LoramuxError as error:
+            return error
 
     async def fail(self, error: LoramuxError) -> None:
         self._catalog.fail(error)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace as changed
+from typing import Any, Protocol
 
 from loramux.engine.service import AsyncEngine
 from loramux.errors import (
@@ -13,10 +14,13 @@ from loramux.errors import (
     AdapterLoadFailed,
     AdapterRejected,
     EngineStopped,
+    Forbidden,
+    InvalidField,
     LoramuxError,
 )
 from loramux.replicas.catalog import Entry, State
 from loramux.types import (
+    AdapterEvent,
     AdapterRef,
     AdapterStatus,
     AdapterUse,
@@ -24,6 +28,7 @@ from loramux.types import (
     MediaPrompt,
     PoolingParams,
     SamplingParams,
+    Unloaded,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,15 +39,23 @@ class CatalogClient(Protocol):
 
     async def state(self, known: int = -1) -> State | None: ...
     async def confirm(self, refs: Sequence[AdapterRef]) -> list[str]: ...
-    async def load(self, name: str, path: str, replace: bool) -> AdapterRef: ...
-    async def unload(self, name: str) -> None: ...
+    async def load(
+        self,
+        name: str,
+        path: str,
+        replace: bool,
+        expected: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef: ...
+    async def unload(self, name: str, expected: str | None = None) -> AdapterRef | None: ...
+    async def pin(self, name: str, pinned: bool) -> AdapterRef | None: ...
 
 
 class MemberEngine(AsyncEngine):
     """What a replica's app talks to. `join` before it serves.
 
-    A change that a client asks for goes to the catalog, whose `stage`, `publish`, `discard` and
-    `withdraw` come back to every member.
+    A change that a client asks for goes to the catalog, whose `stage`, `publish`, `discard`, `withdraw`,
+    `may_pin` and `set_pin` come back to every member. What concerns one server alone is refused.
     """
 
     catalog: CatalogClient
@@ -68,6 +81,7 @@ class MemberEngine(AsyncEngine):
         own = {status.ref.name: status.ref.digest for status in super().adapters()}
         for name in own.keys() - state.entries.keys():
             await super().remove_adapter(name)
+        await self._unpin_all_but(state)  # first: it makes room for others
         self._missing = {}
         first_read = []
         for entry in state.entries.values():
@@ -83,10 +97,25 @@ class MemberEngine(AsyncEngine):
             )
         read = {ref.name: ref for ref in first_read}
         entries = {
-            name: Entry(name, entry.path, read.get(name, entry.ref))
+            name: changed(entry, ref=read.get(name, entry.ref))
             for name, entry in state.entries.items()
         }
+        for entry in entries.values():
+            if entry.pinned and entry.name not in self._missing:
+                await self._set_pin(entry.name, True)
         self.known = State(state.revision, entries, state.started_s)
+
+    async def _unpin_all_but(self, state: State) -> None:
+        for status in super().adapters():
+            name = status.ref.name
+            if status.pinned and not state.entries[name].pinned:
+                await self._set_pin(name, False)
+
+    async def _set_pin(self, name: str, pinned: bool) -> None:
+        try:
+            await super().pin_adapter(name, pinned)
+        except LoramuxError as error:
+            logger.error("adapter %r is not pinned on this replica: %s", name, error)
 
     async def _read_first(self, entry: Entry, own: dict[str, str]) -> AdapterRef:
         return await super().add_adapter(entry.name, entry.path, load_inplace=entry.name in own)
@@ -129,6 +158,7 @@ class MemberEngine(AsyncEngine):
         prompt: Sequence[int] | MediaPrompt,
         params: SamplingParams | PoolingParams,
         adapters: Sequence[AdapterUse] = (),
+        admitted: Callable[[Sequence[AdapterRef]], None] | None = None,
     ) -> AsyncIterator[Delta]:
         for use in adapters:
             if (reason := self._missing.get(use.name)) is not None:
@@ -136,19 +166,53 @@ class MemberEngine(AsyncEngine):
                     f"this replica cannot serve adapter {use.name!r}: {reason}",
                     remedy="load it again with load_inplace",
                 )
-        deltas = super().generate(request_id, prompt, params, adapters)
+        deltas = super().generate(request_id, prompt, params, adapters, admitted)
         try:
             async for delta in deltas:
                 yield delta
         finally:
             await deltas.aclose()  # type: ignore[attr-defined]
 
-    async def add_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> AdapterRef:
+    async def add_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_digest: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
         """Serve an adapter on every replica, or on none."""
-        return await self.catalog.load(name, path, load_inplace)
+        return await self.catalog.load(name, path, load_inplace, expected_digest, pinned)
 
-    async def remove_adapter(self, name: str) -> None:
-        await self.catalog.unload(name)
+    async def remove_adapter(
+        self, name: str, *, drain_s: float | None = None, expected_digest: str | None = None
+    ) -> Unloaded:
+        """Stop serving an adapter on every replica; requests in flight finish."""
+        if drain_s is not None:
+            raise InvalidField(
+                "drain_s is not served with replicas",
+                field="drain_s",
+                remedy="leave it out; loramux_adapter_users in /metrics tells when it is gone",
+            )
+        ref = await self.catalog.unload(name, expected_digest)
+        return Unloaded(ref or AdapterRef(name, "", "", 0, 0))
+
+    async def pin_adapter(self, name: str, pinned: bool = True) -> AdapterRef:
+        """Pin an adapter on every replica, or no longer."""
+        return await self.catalog.pin(name, pinned) or AdapterRef(name, "", "", 0, 0)
+
+    async def push_adapter(self, *arguments: Any, **how: Any) -> AdapterRef:
+        raise Forbidden(
+            "adapters cannot be pushed to replicas, which each read the files themselves",
+            remedy="write them where every node can read them, and load that folder",
+        )
+
+    def residency(self) -> list[AdapterStatus]:
+        raise _of_one_server("/v1/adapters")
+
+    def adapter_events(self) -> AsyncIterator[list[AdapterEvent] | None]:
+        raise _of_one_server("/v1/adapters/events")
 
     # --- what the catalog asks for -------------------------------------------------------------
 
@@ -164,10 +228,27 @@ class MemberEngine(AsyncEngine):
             if revision == self.known.revision + 1 and self.staged_digest(name) == digest:
                 ref = self.publish_adapter(name)
                 self._missing.pop(name, None)
-                entries = {**self.known.entries, name: Entry(name, ref.source, ref)}
+                before = self.known.entries.get(name)
+                entry = Entry(name, ref.source, ref, before is not None and before.pinned)
+                entries = {**self.known.entries, name: entry}
                 self.known = State(revision, entries, self.known.started_s)
                 return
             super().discard_adapter(name)
+        await self.catch_up()
+
+    async def may_pin(self, name: str) -> None:
+        """Raise PinRefused if there are too few places for it here."""
+        self._engine.require_store().registry.check_pin(name)
+
+    async def set_pin(self, name: str, pinned: bool, revision: int) -> None:
+        async with self._changes:
+            if revision == self.known.revision + 1:
+                if self.serves(name):
+                    await self._set_pin(name, pinned)
+                entry = changed(self.known.entries[name], pinned=pinned)
+                entries = {**self.known.entries, name: entry}
+                self.known = State(revision, entries, self.known.started_s)
+                return
         await self.catch_up()
 
     async def withdraw(self, name: str, revision: int) -> None:
@@ -189,3 +270,10 @@ class MemberEngine(AsyncEngine):
             await asyncio.wait_for(self.catch_up(), timeout=5.0)
         except (LoramuxError, TimeoutError) as error:
             logger.warning("cannot compare adapters with the catalog: %s", error)
+
+
+def _of_one_server(path: str) -> Forbidden:
+    return Forbidden(
+        f"{path} tells of one server, and there are several replicas",
+        remedy="/metrics has loramux_adapter_on_device and its like by replica",
+    )

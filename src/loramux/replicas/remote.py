@@ -76,11 +76,22 @@ class RemoteCatalog:
     async def confirm(self, refs: Sequence[AdapterRef]) -> list[str]:
         return await self._call("confirm", list(refs))  # type: ignore[no-any-return]
 
-    async def load(self, name: str, path: str, replace: bool) -> AdapterRef:
-        return await self._call("load", name, path, replace)  # type: ignore[no-any-return]
+    async def load(
+        self,
+        name: str,
+        path: str,
+        replace: bool,
+        expected: str | None = None,
+        pinned: bool | None = None,
+    ) -> AdapterRef:
+        loaded = await self._call("load", name, path, replace, expected, pinned)
+        return loaded  # type: ignore[no-any-return]
 
-    async def unload(self, name: str) -> None:
-        await self._call("unload", name)
+    async def unload(self, name: str, expected: str | None = None) -> AdapterRef | None:
+        return await self._call("unload", name, expected)  # type: ignore[no-any-return]
+
+    async def pin(self, name: str, pinned: bool) -> AdapterRef | None:
+        return await self._call("pin", name, pinned)  # type: ignore[no-any-return]
 
     async def fail(self, error: LoramuxError) -> None:
         await self._call("fail", error)

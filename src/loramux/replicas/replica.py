@@ -39,9 +39,8 @@ class Replica:
             self._engine = await asyncio.to_thread(MemberEngine.create, config)
             await self._engine.start()
             await self._engine.join(remote)
-            # The front has checked the key.
-            open_config = server_config.model_copy(update={"api_key": None})
-            self._app = create_app(self._engine, open_config, owns_engine=False)
+            # The front has checked that there is a key; what it may do is decided here.
+            self._app = create_app(self._engine, server_config, owns_engine=False)
         except LoramuxError as error:
             await remote.fail(error)  # the process that deploys shall say it
             raise
@@ -73,6 +72,16 @@ class Replica:
             return await self._engine.stage(name, path, replace)
         except LoramuxError as error:
             return error
+
+    async def may_pin(self, name: str) -> LoramuxError | None:
+        try:
+            await self._engine.may_pin(name)
+        except LoramuxError as error:
+            return error
+        return None
+
+    async def set_pin(self, name: str, pinned: bool, revision: int) -> None:
+        await self._engine.set_pin(name, pinned, revision)
 
     async def discard(self, name: str) -> None:
         await self._engine.discard(name)

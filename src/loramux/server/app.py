@@ -10,8 +10,20 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from loramux.config import ServerConfig
+from loramux.config.server import PUSHED_BYTES
 from loramux.errors import ConfigError
-from loramux.server import admin, chat, classify, completions, embeddings, health, models
+from loramux.server import (
+    admin,
+    chat,
+    classify,
+    completions,
+    embeddings,
+    health,
+    models,
+    pushed,
+    residency,
+)
+from loramux.server.access import Keyring
 from loramux.server.errors import install_handlers
 from loramux.server.gate import ApiKeyGate, BodyLimit
 from loramux.server.media_loading import MediaLoading
@@ -28,7 +40,8 @@ def create_app(
     """The ASGI application. Nothing is global: two apps in one process do not meet.
 
     With `owns_engine` its lifespan starts the engine and at the end stops it, giving running
-    requests `shutdown_timeout_s`. Raises ConfigError when `lora_root` is no directory.
+    requests `shutdown_timeout_s`. Raises ConfigError when `lora_root` is no directory, or
+    the file of keys cannot be read.
     """
     config = config or ServerConfig()
     if config.lora_root is not None and not os.path.isdir(config.lora_root):
@@ -37,6 +50,7 @@ def create_app(
             field="lora_root",
             remedy="create it, or name another with --lora-root",
         )
+    keys = Keyring.of(config)
     media = engine.config.media
     state = ServerState(engine, config, Metrics(engine), MediaLoading(media))
 
@@ -57,12 +71,14 @@ def create_app(
         title="loramux", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.loramux = state
-    for part in (completions, chat, embeddings, classify, models, admin, health):
+    for part in (completions, chat, embeddings, classify, models, admin, residency, pushed, health):
         app.include_router(part.router)
     install_handlers(app)
     limit = config.body_limit(media if engine.modalities else None)
-    app.add_middleware(BodyLimit, max_bytes=limit)
-    if config.api_key is not None:
+    lora = engine.config.lora
+    pushed_bytes = (lora.max_adapter_bytes if lora else None) or PUSHED_BYTES
+    app.add_middleware(BodyLimit, max_bytes=limit, pushed_bytes=pushed_bytes)
+    if keys:
         # Added last, so it stands before the body limit.
-        app.add_middleware(ApiKeyGate, api_key=config.api_key.get_secret_value())
+        app.add_middleware(ApiKeyGate, keys=keys)
     return app

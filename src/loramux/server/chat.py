@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.content import check_modalities
+from loramux.server.access import Caller
 from loramux.server.disconnect import unless_gone
 from loramux.server.encoding import ReplyJSON
 from loramux.server.generation import (
@@ -26,7 +27,12 @@ from loramux.server.generation import (
 from loramux.server.logprobs import chat_logprobs
 from loramux.server.protocol import ChatCompletionRequest
 from loramux.server.sampling import chat_params, check_room
-from loramux.server.selection import adapter_headers, default_adapters, select_adapters
+from loramux.server.selection import (
+    adapter_headers,
+    check_use,
+    default_adapters,
+    select_adapters,
+)
 from loramux.server.sse import EventStream, event, guarded
 from loramux.server.state import ServerState, State
 
@@ -40,7 +46,7 @@ class Reply:
     state: ServerState
     body: ChatCompletionRequest
     prompt: Prompt
-    defaults: list[dict[str, Any]]
+    defaults: list[dict[str, Any]] = field(default_factory=list)
     id: str = ""
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -99,9 +105,10 @@ async def _render(state: ServerState, body: ChatCompletionRequest) -> Prompt:
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(
-    body: ChatCompletionRequest, request: Request, state: State
+    body: ChatCompletionRequest, request: Request, state: State, access: Caller
 ) -> Response:
     """Answer a conversation."""
+    check_use(access, state, body)
     adapters = await select_adapters(state, body, {part.modality for part in body.media})
     params = chat_params(body)
     rendering = _render(state, body)
@@ -114,14 +121,16 @@ async def create_chat_completion(
         prompt_field="messages",
         tokens_field=named,
     )
-    reply = Reply(state, body, prompt, default_adapters(state, adapters))
-    headers = adapter_headers(state, adapters)
+    reply = Reply(state, body, prompt)
     generation = Generation(state, [prompt], params, adapters)
     if body.stream:
         await unless_gone(request.receive, generation.prime())
+        reply.defaults = default_adapters(generation.versions)
         events = guarded(_events(reply, generation, params.n))
-        return EventStream(events, generation.aclose, headers)
+        return EventStream(events, generation.aclose, adapter_headers(generation.versions))
     choices, usage = await unless_gone(request.receive, collect(generation, [prompt], params.n))
+    reply.defaults = default_adapters(generation.versions)
+    headers = adapter_headers(generation.versions)
     return ReplyJSON(_whole(reply, choices, usage), headers=headers)
 
 

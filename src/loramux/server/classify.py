@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from loramux.server.access import Caller
 from loramux.server.pooling import pool
 from loramux.server.pooling_protocol import ClassifyRequest
 from loramux.server.state import State
@@ -17,7 +18,9 @@ router = APIRouter()
 
 @router.post("/classify")
 @router.post("/v1/classify")
-async def classify(body: ClassifyRequest, request: Request, state: State) -> Response:
+async def classify(
+    body: ClassifyRequest, request: Request, state: State, access: Caller
+) -> Response:
     """The likeliest label of each input, and what each class got."""
 
     def item(index: int, pooled: PoolingOutput) -> dict[str, Any]:
@@ -28,4 +31,4 @@ async def classify(body: ClassifyRequest, request: Request, state: State) -> Res
             "num_classes": len(pooled.values),
         }
 
-    return await pool(body, body.params, request, state, "classify", item)
+    return await pool(body, body.params, request, state, access, "classify", item)

@@ -12,13 +12,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from loramux.server.access import Caller
 from loramux.server.disconnect import unless_gone
 from loramux.server.encoding import ReplyJSON
 from loramux.server.generation import Choice, Generation, Usage, collect, has_news
 from loramux.server.logprobs import completion_logprobs
 from loramux.server.protocol import CompletionRequest
 from loramux.server.sampling import check_room, completion_params
-from loramux.server.selection import adapter_headers, select_adapters
+from loramux.server.selection import adapter_headers, check_use, select_adapters
 from loramux.server.sse import EventStream, event, guarded
 from loramux.server.state import ServerState, State
 
@@ -84,8 +85,11 @@ async def _tokenize(state: ServerState, body: CompletionRequest) -> list[list[in
 
 
 @router.post("/v1/completions")
-async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
+async def create_completion(
+    body: CompletionRequest, request: Request, state: State, access: Caller
+) -> Response:
     """Continue one or several prompts."""
+    check_use(access, state, body)
     adapters = await select_adapters(state, body)
     params = completion_params(body)
     prompts = await _tokenize(state, body)
@@ -98,17 +102,18 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
             tokens_field="max_tokens",
         )
     reply = Reply(state, body, prompts, params.n)
-    headers = adapter_headers(state, adapters)
     generation = Generation(state, prompts, params, adapters)
     if body.stream:
         await unless_gone(request.receive, generation.prime())
+        headers = adapter_headers(generation.versions)
         return EventStream(guarded(_events(reply, generation)), generation.aclose, headers)
     whole = collect(generation, prompts, params.n)
     choices, usage = await unless_gone(request.receive, whole)
     listed = [
         reply.choice(index, choice, first=True, offset=0)[0] for index, choice in enumerate(choices)
     ]
-    return ReplyJSON(reply.envelope(listed) | {"usage": usage.as_reply()}, headers=headers)
+    content = reply.envelope(listed) | {"usage": usage.as_reply()}
+    return ReplyJSON(content, headers=adapter_headers(generation.versions))
 
 
 async def _events(reply: Reply, generation: Generation) -> AsyncIterator[bytes]:

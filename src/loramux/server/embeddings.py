@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from loramux.server.access import Caller
 from loramux.server.pooling import pool
 from loramux.server.pooling_protocol import EmbeddingRequest
 from loramux.server.state import State
@@ -19,7 +20,9 @@ router = APIRouter()
 
 
 @router.post("/v1/embeddings")
-async def create_embeddings(body: EmbeddingRequest, request: Request, state: State) -> Response:
+async def create_embeddings(
+    body: EmbeddingRequest, request: Request, state: State, access: Caller
+) -> Response:
     """A vector for each input."""
 
     def item(index: int, pooled: PoolingOutput) -> dict[str, Any]:
@@ -28,7 +31,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, state: Sta
         vector = _in_base64(values) if in_base64 else values.tolist()
         return {"object": "embedding", "index": index, "embedding": vector}
 
-    return await pool(body, body.params, request, state, "embd", item)
+    return await pool(body, body.params, request, state, access, "embd", item)
 
 
 def _in_base64(values: array[float]) -> str:

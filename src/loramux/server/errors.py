@@ -42,6 +42,8 @@ TABLE: Mapping[type[errors.LoramuxError], Row] = {
     errors.UnknownModel: Row(404, INVALID, "model_not_found"),
     errors.AdapterNotFound: Row(404, INVALID, "adapter_not_found"),
     errors.AdapterExists: Row(409, INVALID, "adapter_exists"),
+    errors.AdapterConflict: Row(409, INVALID, "adapter_conflict"),
+    errors.PinRefused: Row(409, INVALID, "pin_refused"),
     errors.AdapterRejected: Row(400, INVALID, "adapter_rejected"),
     errors.BadMedia: Row(400, INVALID, "invalid_media"),
     errors.MediaUnavailable: Row(400, INVALID, "media_unavailable"),
@@ -52,6 +54,7 @@ TABLE: Mapping[type[errors.LoramuxError], Row] = {
     errors.EngineStopped: Row(503, SERVER, "engine_stopped"),
     errors.ReplicaLost: Row(503, SERVER, "engine_stopped"),
     errors.AdapterLoadFailed: Row(500, SERVER, "adapter_load_failed"),
+    errors.AdapterUnloaded: Row(503, SERVER, "adapter_unloaded"),
     errors.SourceUnavailable: Row(503, SERVER, "adapter_source_unavailable"),
     errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
 }
@@ -72,7 +75,10 @@ def body_of(error: Exception) -> dict[str, Any]:
     """The body for any exception; one that loramux did not raise on purpose keeps its secrets."""
     if isinstance(error, errors.LoramuxError):
         row = row_of(error)
-        return error_body(str(error), row.type, param=error.field, code=row.code)
+        body = error_body(str(error), row.type, param=error.field, code=row.code)
+        if isinstance(error, errors.AdapterConflict):
+            body["error"]["current_digest"] = error.current_digest
+        return body
     return error_body("internal error; the server's log has the details", SERVER)
 
 
@@ -130,10 +136,11 @@ async def _on_loramux_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    if not _is_json(request):
+    faults = error.errors()
+    if not _is_json(request) and any(fault["loc"][0] == "body" for fault in faults):
         message = "the Content-Type must be application/json"
         return ReplyJSON(error_body(message, INVALID, code="content_type"), status_code=415)
-    message, param = describe_faults(error.errors())
+    message, param = describe_faults(faults)
     return ReplyJSON(error_body(message, INVALID, param=param, code="invalid_value"), 400)
 
 

@@ -12,6 +12,7 @@ from loramux.errors import EngineError, EngineStopped
 from loramux.server.metrics import Meter
 from loramux.server.state import ServerState
 from loramux.types import (
+    AdapterRef,
     AdapterUse,
     Delta,
     MediaPrompt,
@@ -22,6 +23,7 @@ from loramux.types import (
 )
 
 Prompt = Sequence[int] | MediaPrompt
+Version = tuple[str, AdapterRef]  # under the name that was asked for
 
 
 def tokens_of(prompt: Prompt) -> Sequence[int]:
@@ -60,6 +62,8 @@ class Generation:
         self._unfinished = len(prompts) * params.n
         self._first: Event | None = None
         self._failed = False
+        self.versions: list[Version] = []
+        """Which versions answer, each once; known as soon as the first event is."""
         self._meter = Meter(state.metrics, adapters, choices=self._unfinished)
 
     async def prime(self) -> None:
@@ -79,7 +83,11 @@ class Generation:
         num_tokens = len(tokens_of(self._prompts[prompt]))
         try:
             async for delta in self._state.engine.generate(
-                f"{self._id}-{prompt}", self._prompts[prompt], self._params, self._adapters
+                f"{self._id}-{prompt}",
+                self._prompts[prompt],
+                self._params,
+                self._adapters,
+                self._admitted,
             ):
                 event = Event(prompt, prompt * self._params.n + delta.index, delta)
                 finished += delta.finished
@@ -89,6 +97,11 @@ class Generation:
                 raise EngineStopped("the engine ended the request before its answer was complete")
         except Exception as error:
             self._queue.put_nowait(error)
+
+    def _admitted(self, refs: Sequence[AdapterRef]) -> None:
+        """Several prompts may get several versions, where one is replaced between them."""
+        named = zip((use.name for use in self._adapters), refs, strict=True)
+        self.versions += [version for version in named if version not in self.versions]
 
     async def _next(self) -> Event:
         item = await self._queue.get()

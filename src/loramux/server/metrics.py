@@ -91,6 +91,14 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("loramux_requests_running", "Requests in the batch.", stats.running)
     yield GaugeMetricFamily("loramux_requests_waiting", "Requests in the queue.", stats.waiting)
     yield GaugeMetricFamily("loramux_kv_cache_usage_ratio", "Share of KV blocks in use.", used)
+    yield GaugeMetricFamily(
+        "loramux_adapter_host_bytes", "Host memory of adapters.", stats.adapter_host_bytes
+    )
+    yield GaugeMetricFamily(
+        "loramux_adapter_device_bytes",
+        "Device memory of adapters that have a place, of each rank.",
+        stats.adapter_device_bytes,
+    )
     memory = GaugeMetricFamily(
         "loramux_memory_planned_bytes",
         "Memory of the device, as planned at start.",
@@ -112,12 +120,16 @@ def _residency(adapters: Iterable[AdapterStatus]) -> Iterator[Metric]:
     users = GaugeMetricFamily(
         "loramux_adapter_users", "Unfinished requests of this version.", labels=labels
     )
+    pinned = GaugeMetricFamily(
+        "loramux_adapter_pinned", "1 if this version is pinned.", labels=labels
+    )
     for status in {(s.ref.name, s.ref.digest): s for s in adapters}.values():
         key = [status.ref.name, status.ref.digest]
+        pinned.add_metric(key, float(status.pinned))
         device.add_metric(key, float(status.on_device))
         host.add_metric(key, float(status.on_host))
         users.add_metric(key, status.users)
-    yield from (device, host, users)
+    yield from (device, host, users, pinned)
 
 
 class Metrics:

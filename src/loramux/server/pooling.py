@@ -12,11 +12,12 @@ from fastapi import Request
 from starlette.responses import Response
 
 from loramux.errors import EngineError, InvalidField, PromptTooLong
+from loramux.server.access import Access
 from loramux.server.disconnect import unless_gone
 from loramux.server.encoding import encode
 from loramux.server.generation import Generation, collect
 from loramux.server.pooling_protocol import PoolingBody
-from loramux.server.selection import adapter_headers, select_adapters
+from loramux.server.selection import adapter_headers, check_use, select_adapters
 from loramux.server.state import ServerState
 from loramux.types import PoolingOutput, PoolingParams
 
@@ -26,14 +27,15 @@ async def pool(
     params: PoolingParams,
     request: Request,
     state: ServerState,
+    access: Access,
     prefix: str,
     item: Callable[[int, PoolingOutput], dict[str, Any]],
 ) -> Response:
     """The list of what `item` makes of each input's number and values. Raises LoramuxError."""
+    check_use(access, state, body)
     adapters = await select_adapters(state, body)
     prompts = await _tokenize(state, body)
     _check_lengths(prompts, state.context_length)
-    headers = adapter_headers(state, adapters)
     created_s = int(time.time())
     generation = Generation(state, prompts, params, adapters)
     choices, usage = await unless_gone(request.receive, collect(generation, prompts, 1))
@@ -50,6 +52,7 @@ async def pool(
     }
     parts = [part async for part in _encoded(items)]
     content = encode(head)[:-1] + b',"data":[' + b",".join(parts) + b"]}"
+    headers = adapter_headers(generation.versions)
     return Response(content, headers=headers, media_type="application/json")
 
 

@@ -243,7 +243,7 @@ def announce(config: ServerConfig, port: int, model: str) -> None:
         "messages": [{"role": "user", "content": "Write one sentence about the sea."}],
         "max_tokens": 32,
     }
-    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key is not None else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.has_keys else ""
     print(
         f"Try: curl http://{reachable}:{port}/v1/chat/completions"
         f" -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}",

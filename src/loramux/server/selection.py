@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from loramux.engine.default_adapters import MARK, choose_adapters, is_default
 from loramux.errors import InvalidField, UnknownModel
+from loramux.server.access import Access
+from loramux.server.generation import Version
 from loramux.server.pooling_protocol import PoolingBody
 from loramux.server.protocol import GenerationBody
 from loramux.server.state import ServerState
-from loramux.types import AdapterRef, AdapterUse
+from loramux.types import AdapterUse
 
 ADAPTERS_HEADER = "x-loramux-adapters"
+AFFINITY_HEADER = "x-loramux-affinity"
 DIGEST_LENGTH = 12
 
 
@@ -77,32 +80,32 @@ def _check_served(state: ServerState, name: str, served: set[str], *, field: str
     raise UnknownModel(f"the {what} {name!r} does not exist", field=field, remedy=remedy)
 
 
-def adapter_headers(state: ServerState, uses: Sequence[AdapterUse]) -> dict[str, str]:
-    """`name@digest` of each adapter used, percent-encoded; nothing for the base model."""
-    if not uses:
+def check_use(access: Access, state: ServerState, body: GenerationBody | PoolingBody) -> None:
+    """Raise Forbidden for an adapter that the caller's key may not use, known or not."""
+    if body.model not in state.engine.config.model_names:
+        access.check_use(body.model, field="model")
+    for use in body.adapters or ():
+        access.check_use(use.name, field="lora")
+
+
+def adapter_headers(versions: Sequence[Version]) -> dict[str, str]:
+    """`name@digest` of each version that answers, percent-encoded, and what a router needs to send the
+    next such request to the same server; nothing for the base model."""
+    if not versions:
         return {}
-    refs = _refs(state)
-    items = [
-        f"{quote(use.name, safe='._-:@/')}@{refs[use.name].digest[:DIGEST_LENGTH]}"
-        for use in uses
-        if use.name in refs
-    ]
-    return {ADAPTERS_HEADER: ",".join(items)}
+    items = [f"{_quoted(name)}@{ref.digest[:DIGEST_LENGTH]}" for name, ref in versions]
+    names = sorted({_quoted(name) for name, _ in versions})
+    return {ADAPTERS_HEADER: ",".join(items), AFFINITY_HEADER: "+".join(names)}
 
 
-def default_adapters(state: ServerState, uses: Sequence[AdapterUse]) -> list[dict[str, Any]]:
+def _quoted(name: str) -> str:
+    return quote(name, safe="._-:@/")
+
+
+def default_adapters(versions: Sequence[Version]) -> list[dict[str, Any]]:
     """Which adapters were applied though the request named none, for the answer's body."""
-    refs = _refs(state)
     return [
-        {
-            "name": use.name,
-            "modality": use.name.removeprefix(MARK),
-            "digest": refs[use.name].digest,
-        }
-        for use in uses
-        if is_default(use.name) and use.name in refs
+        {"name": name, "modality": name.removeprefix(MARK), "digest": ref.digest}
+        for name, ref in versions
+        if is_default(name)
     ]
-
-
-def _refs(state: ServerState) -> Mapping[str, AdapterRef]:
-    return {status.ref.name: status.ref for status in state.engine.adapters()}
