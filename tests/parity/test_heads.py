@@ -161,7 +161,7 @@ def test_a_mixed_batch_equals_peft(case: Case, settings: dict[str, Any]) -> None
 
 
 def test_a_model_that_keeps_its_own_forward_equals_peft(case: Case, monkeypatch) -> None:
-    monkeypatch.setattr(loader, "fuse", lambda attached, positions: None)
+    monkeypatch.setattr(loader, "fuse", lambda attached, positions, extra: None)
     _served_as_peft(case)
 
 

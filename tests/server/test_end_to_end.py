@@ -248,7 +248,7 @@ def test_errors_are_one_line_with_the_remedy(tiny_world: TinyWorld) -> None:
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
     model = str(tiny_world.model)
-    refused = run("serve", model, "--enable-lora", "--target-modules", "no_such_proj")
+    refused = run("serve", model, "--enable-lora", "--lora-target-modules", "no_such_proj")
     assert refused.returncode == 2 and "target_modules" in refused.stderr
     missing = run("serve", "/nowhere/at/all")
     assert missing.returncode == 2 and "Traceback" not in missing.stderr

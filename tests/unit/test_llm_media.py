@@ -65,7 +65,7 @@ Submitted = list[tuple[MediaPrompt | Sequence[int], list[AdapterUse]]]
 def made(monkeypatch: pytest.MonkeyPatch, world: TinyWorld, **settings: Any) -> LLM:
     """An LLM whose model would take images and sound."""
     monkeypatch.setattr(
-        "loramux.engine.engine.MediaPrompts", lambda *_, **__: MediaPrompts(MadeUp())
+        "loramux.engine.engine.media_prompts", lambda started: MediaPrompts(MadeUp())
     )
     monkeypatch.setattr(LoRAConfig, "_check_defaults", lambda *_: None)
     lora = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}

@@ -235,7 +235,7 @@ def test_a_model_without_hidden_states_says_so(
     tiny_world: TinyWorld, classifiers: dict[str, Path], monkeypatch
 ) -> None:
     """Its own forward calls no body: nothing pooled is taken in that would fail in a step."""
-    monkeypatch.setattr(loader, "fuse", lambda attached, positions: None)
+    monkeypatch.setattr(loader, "fuse", lambda attached, positions, extra: None)
     monkeypatch.setattr(LlamaForCausalLM, "base_model", property(lambda model: model))
     monkeypatch.setattr(LlamaForCausalLM, "get_decoder", lambda model: model)
     with LLM(str(tiny_world.model), **SETTINGS) as llm:
