@@ -15,6 +15,7 @@ import torch
 from loramux.config.memory import MOST_ENCODED
 from loramux.engine.encoder_cache import Encode
 from loramux.engine.plan import Row, StepPlan
+from loramux.errors import EngineError
 from loramux.layers.batch import Overlay, UniformLoRA
 from loramux.models.towers import Towers
 
@@ -46,12 +47,16 @@ class EncoderStep:
         self._towers = towers
         self._ranks = ranks
         self._vectors: dict[str, torch.Tensor] = {}
+        self._failed: dict[str, Exception] = {}  # until the scheduler lets it be forgotten
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[str, Exception]:
-        """Forget and encode. Returns why items could not be encoded, by their keys."""
+        """Forget and encode. Returns why vectors that the plan's rows need are not there, by their keys:
+        a step that was planned before the one before had been read may count on what that one could
+        not encode."""
         for key in plan.forget:
             self._vectors.pop(key, None)
+            self._failed.pop(key, None)
         failed: dict[str, Exception] = {}
         for batch in _batches(plan.encode):
             try:
@@ -63,7 +68,11 @@ class EncoderStep:
                     failed |= self._one_by_one(batch)
         for key, why in failed.items():
             logger.error("media %s cannot be encoded", key[:16], exc_info=why)
-        return failed
+        self._failed |= failed
+        needed = {key for row in plan.rows if row.media for key, *_ in row.media.vectors}
+        missing = needed - self._vectors.keys()
+        lost = EngineError("its vectors are not there. This is a bug.")
+        return {key: self._failed.get(key, lost) for key in missing}
 
     def _one_by_one(self, batch: Sequence[Encode]) -> dict[str, Exception]:
         """Find out whose fault it is."""
@@ -80,6 +89,7 @@ class EncoderStep:
         found = self._towers.encode([one.item for one in batch], loras)
         for one, vectors in zip(batch, found, strict=True):
             self._vectors[one.key] = vectors  # [1 + L, n, D]
+            self._failed.pop(one.key, None)
 
     def _lora(self, members: tuple[tuple[int, float], ...]) -> UniformLoRA | None:
         if not members:
