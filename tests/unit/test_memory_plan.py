@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loramux.config import EngineConfig, LoRAConfig, ModelFacts, plan_memory, resolve
-from loramux.config.facts import Widths
+from loramux.config.facts import EncoderFacts, Widths
 from loramux.config.graphs import graph_sizes, sizes_to_capture
 from loramux.config.memory import SPARE_BYTES, adapter_pool_bytes, num_graphs, packed_bytes
 from loramux.config.memory_advice import out_of_memory, weights_do_not_fit
@@ -155,6 +155,22 @@ def test_more_kv_than_is_free_is_refused(device: str) -> None:
     assert resolve(_config(kv_cache_memory=most), facts).kv_cache_memory_bytes == most
     with pytest.raises(ConfigError, match="does not fit"):
         resolve(_config(kv_cache_memory=most + 1), facts)
+
+
+def test_vectors_of_media_are_in_the_budget() -> None:
+    facts = replace(LLAMA, encoder=EncoderFacts(vector_bytes=8192, work_bytes=60_000))
+    settings: dict[str, Any] = {"max_num_batched_tokens": 4096, "encoder_cache_tokens": 20_000}
+    config = resolve(_config(**settings), facts)
+    plan, without = plan_memory(config, facts), plan_memory(resolve(_config(), LLAMA), LLAMA)
+    assert plan.needs.encoder == (20_000 + 4096) * 8192 + 8192 * 60_000
+    assert plan.parts()["encoder"] == plan.needs.encoder and not without.needs.encoder
+    assert resolve(_config(max_num_batched_tokens=100), facts).encoder_cache_tokens == 400
+    with pytest.raises(ConfigError, match="encoder_cache_tokens is set, and the model takes text"):
+        resolve(_config(encoder_cache_tokens=5), LLAMA)
+    huge = replace(facts, encoder=EncoderFacts(vector_bytes=1 << 24, work_bytes=0))
+    with pytest.raises(ConfigError) as caught:
+        resolve(_config(), huge)
+    assert "encoder (" in str(caught.value) and "--encoder-cache-tokens" in str(caught.value)
 
 
 def test_no_room_is_refused_with_every_reason() -> None:

@@ -90,10 +90,11 @@ def no_room_for_kv(config: EngineConfig, facts: ModelFacts) -> ConfigError:
     reasons = []
     remedy = _others(config)
     if used >= budget:
+        encoder = f", encoder ({format_size(taken.encoder)})" if taken.encoder else ""
         reasons.append(
             f"weights ({format_size(facts.weight_bytes)}), adapter pool ({format_size(taken.pool)}), "
             f"activations ({format_size(taken.activations)}), workspaces "
-            f"({format_size(taken.workspace)}) and graphs ({format_size(taken.graphs)}) fill "
+            f"({format_size(taken.workspace)}){encoder} and graphs ({format_size(taken.graphs)}) fill "
             f"gpu_memory_utilization {config.gpu_memory_utilization:g} of "
             f"{format_size(facts.total_bytes)}"
         )
@@ -117,7 +118,8 @@ Way = tuple[str, str]
 
 def _others(config: EngineConfig) -> str:
     lora = "--max-loras or --max-lora-rank, " if config.lora else ""
-    return f"lower {lora}--max-num-batched-tokens or --max-num-seqs"
+    media = "--encoder-cache-tokens, " if config.encoder_cache_tokens else ""
+    return f"lower {lora}{media}--max-num-batched-tokens or --max-num-seqs"
 
 
 def _smaller_pool(config: EngineConfig, facts: ModelFacts, short: int) -> list[Way]:
