@@ -155,12 +155,6 @@ class AsyncEngine:
             template_kwargs=template_kwargs,
         )
 
-    async def prepare_media(
-        self, prompt: str | Sequence[int], media: Sequence[Image | Audio | Video]
-    ) -> MediaPrompt:
-        """See `MediaPrompts.prepare`."""
-        return await asyncio.to_thread(self._engine.media.prepare, prompt, media)
-
     def decode_token(self, token_id: int) -> str:
         return self._engine.text.decode([token_id])
 
