@@ -52,10 +52,8 @@ class Admission:
         """The request, with the `media` that stand in its prompt, counted as a user of each of its
         adapters. Raises a RequestError, having counted none."""
         prompt, limit = tuple(prompt_token_ids), self._max_model_len
-        if media is not None:
-            limit -= max(
-                0, media.shift
-            )  # so far ahead of their number are tokens behind the prompt
+        if media is not None:  # tokens behind the prompt may be so far ahead of their number
+            limit -= max(0, media.shift)
         if isinstance(params, SamplingParams):
             self._pooling.check_generation()
             sampling, pooling = validate_request(prompt, params, limit, self._vocab_size), None

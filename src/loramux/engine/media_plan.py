@@ -48,12 +48,13 @@ class MediaPlanner:
         )
         for item in items_between(sequence.items, start, stop):
             key = encoder_key(item, composition)
-            if item.spans[0][0] >= start:
-                encoder.queries += 1
-                encoder.hits += encoder.has(key)
+            there = encoder.has(key)
             if not encoder.want(Encode(key, item, adapting)):
                 first = next(vectors_between(item, start, stop))[0]
                 return first - start
+            if item.spans[0][0] >= start:  # and not when it is asked again in a later step
+                encoder.queries += 1
+                encoder.hits += there
         return stop - start
 
     def lost(self) -> None:
