@@ -35,7 +35,7 @@ MOST_PRODUCT_ROWS = 1024  # pool rows in a base product; more are cheaper in a k
 ROW_STEP = 16  # the pool's rows come in these, see `layers/linear.py`
 LOADER_STEP = 32 * MIB  # the staging memory of a load grows in these
 MOST_CPU_KV_BYTES = 4 * GIB
-MOST_ENCODED = 8192  # vectors of media that are made at once; nothing is gained by more
+MOST_ENCODED = 8192  # vectors of media that are made at once; more would take more memory
 
 
 @dataclass(frozen=True, slots=True)

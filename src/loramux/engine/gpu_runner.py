@@ -48,6 +48,7 @@ from loramux.engine.warm_up import StepLimits, places, warm_up, whole_row
 from loramux.kernels import AttentionBatch, take_tokens
 from loramux.layers.batch import LoRAStep, Overlay
 from loramux.layers.sharded import deal_out
+from loramux.layers.tower import TowerLinear
 from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
@@ -404,7 +405,8 @@ class GpuRunner(Runner):
             return None
         if lora.specialize_active_lora:
             self._active = active_buckets(lora.max_loras)
-        sites = [s for s in self.attached.sites if s.extends_product] or self.attached.sites
+        linears = [s for s in self.attached.sites if not isinstance(s, TowerLinear)]
+        sites = [s for s in linears if s.extends_product] or linears
         buckets = row_buckets(sites[0].pool_rows) if sites and sites[0].extends_product else []
         costs = load_costs(sites, lora, facts, measure=self._on_gpu)
         # One choice on all ranks: it decides what is captured, and so what meets in collectives.
