@@ -300,6 +300,8 @@ def join(store_path: str, rank: int, size: int, device: torch.device, *, shared:
         torch.cuda.set_device(device)
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = PATIENCE
+        # A product fills the GPU: what travels beside it would else come in when that is done.
+        nccl.is_high_priority_stream = True
         group = dist.ProcessGroupNCCL(store, rank, size, nccl)
         joined = Group(rank, size, group)
     else:
