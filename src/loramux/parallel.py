@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -140,6 +141,29 @@ def cut_linear(
     return Cut("whole", outputs, inputs, outputs)
 
 
+class Travelling:
+    """A collective that has begun."""
+
+    __slots__ = ("_held", "_result", "_work")
+
+    def __init__(
+        self,
+        held: torch.Tensor,
+        work: Any = None,
+        result: Callable[[], torch.Tensor] | None = None,
+    ):
+        """`held` stays in memory until `wait`, and is the result where no `result` makes one."""
+        self._held = held
+        self._work = work
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        """What came of it. On a GPU only the stream waits."""
+        if self._work is not None:
+            self._work.wait()
+        return self._held if self._result is None else self._result()
+
+
 class Group:
     """The ranks of one engine. With one rank every collective returns what it was given."""
 
@@ -156,24 +180,34 @@ class Group:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place where `tensor` is contiguous."""
-        if self.size == 1 or not tensor.numel():
-            return tensor
-        self.entered += 1
-        tensor = tensor.contiguous()
-        moved = self._there(tensor)
-        self._finish(self._group.allreduce([moved], _options("AllreduceOptions")))
-        return self._back(moved, tensor)
+        return self.start_all_reduce(tensor, beside=False).wait()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[...] of one shape on all ranks -> [size, ...]."""
+        return self.start_all_gather(tensor, beside=False).wait()
+
+    def start_all_reduce(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
+        """`all_reduce`, begun. With `beside` it runs beside what the stream is given until it is waited
+        for; until then nobody may touch `tensor`, and no other collective may begin."""
         if self.size == 1 or not tensor.numel():
-            return tensor.expand(self.size, *tensor.shape)
+            return Travelling(tensor)
+        self.entered += 1
+        tensor = tensor.contiguous()
+        moved = self._there(tensor)
+        work = self._group.allreduce([moved], _options("AllreduceOptions", beside))
+        return Travelling(moved, work, lambda: self._back(moved, tensor))
+
+    def start_all_gather(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
+        """`all_gather`, begun; as `start_all_reduce`."""
+        if self.size == 1 or not tensor.numel():
+            return Travelling(tensor.expand(self.size, *tensor.shape))
         self.entered += 1
         mine = self._there(tensor.contiguous())
         flat = mine.new_empty(self.size * mine.numel())  # [size * ...]
-        options = _options("AllgatherOptions")
-        self._finish(self._group._allgather_base(flat, mine.view(-1), options))
-        return flat.view(self.size, *tensor.shape).to(tensor.device)  # [size, ...]
+        options = _options("AllgatherOptions", beside)
+        work = self._group._allgather_base(flat, mine.view(-1), options)
+        shape = (self.size, *tensor.shape)
+        return Travelling(mine, work, lambda: flat.view(shape).to(tensor.device))  # [size, ...]
 
     def gather_columns(self, tensor: torch.Tensor, columns: Stripe) -> torch.Tensor:
         """[T, columns] -> [T, columns.whole], where the ranks' parts are those of `stripe`."""
@@ -193,7 +227,7 @@ class Group:
         moved = self._there(tensor)
         options = _options("BroadcastOptions")
         options.rootRank = 0
-        self._finish(self._group.broadcast([moved], options))
+        Travelling(moved, self._group.broadcast([moved], options)).wait()
         self._back(moved, tensor)
 
     def share(self, value: Any, device: torch.device) -> Any:
@@ -229,18 +263,13 @@ class Group:
     def _back(self, moved: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(moved) if self._staged else tensor
 
-    @staticmethod
-    def _finish(work: Any) -> None:
-        """On a GPU only the stream waits."""
-        if work is not None:
-            work.wait()
 
-
-def _options(name: str) -> Any:
-    """Options of a collective that runs on the current stream, so that graphs capture it."""
+def _options(name: str, beside: bool = False) -> Any:
+    """Options of a collective that runs on the current stream, so that graphs capture it where it
+    stands; or, `beside` that, on NCCL's own."""
     options = getattr(torch.distributed.distributed_c10d, name)()
     if hasattr(options, "asyncOp"):
-        options.asyncOp = False
+        options.asyncOp = beside
     return options
 
 
@@ -251,11 +280,11 @@ ALONE = Group()
 class PlannedGroup(Group):
     """Rank 0 of ranks that are not there, for tensors on the meta device: only shapes come out."""
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def start_all_reduce(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
+        return Travelling(tensor)
 
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.new_empty(self.size, *tensor.shape)  # [size, ...]
+    def start_all_gather(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
+        return Travelling(tensor.new_empty(self.size, *tensor.shape))  # [size, ...]
 
 
 def join(store_path: str, rank: int, size: int, device: torch.device, *, shared: bool) -> Group:
@@ -271,6 +300,8 @@ def join(store_path: str, rank: int, size: int, device: torch.device, *, shared:
         torch.cuda.set_device(device)
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = PATIENCE
+        # A product fills the GPU: what travels beside it would else come in when that is done.
+        nccl.is_high_priority_stream = True
         group = dist.ProcessGroupNCCL(store, rank, size, nccl)
         joined = Group(rank, size, group)
     else:

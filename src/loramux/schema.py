@@ -22,6 +22,9 @@ class ModuleSpec:
     experts: int = 0
     """How often the layer is there, once for each expert; 0: it is an ordinary linear layer."""
 
+    transposed: bool = False
+    """Whether the base model holds W.T [in, out], as transformers' `Conv1D` does."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:

@@ -37,6 +37,7 @@ SERVED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["apertus", "cohere", "exaone4", "hunyuan_v1_dense", "nemotron"], HEADS),
     **dict.fromkeys(["ernie4_5", "glm", "olmo3", "seed_oss", "smollm3"], HEADS),
     **{family: {} for family in ("gpt_neox", "phi", "stablelm", "starcoder2")},
+    "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_oss": {**EXPERTS, **SINKS},
     "granitemoe": EXPERTS,  # its experts' layers are its own, and PEFT leaves them alone
@@ -49,7 +50,6 @@ SERVED: dict[str, dict[str, Any]] = {
     "youtu": {**PARTS, "v_head_dim": 8, "num_key_value_heads": 4},  # latent attention
 }
 BASE_ALONE: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2,
     "mixtral": EXPERTS,
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **HEADS},
 }

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
+STOPPED = '"code":"engine_stopped"'
 HOWS = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 
 
@@ -40,6 +42,31 @@ def test_a_lost_rank_ends_the_server_under_nccl(
     _lose_a_rank(tiny_world, how, "--device", "cuda", "--kv-cache-memory", "64MiB", *eager)
 
 
+class _Clients:
+    """Each asks again and again, so that requests are open whenever a rank is lost, however fast the
+    machine is; until an answer says that the engine has stopped."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.url = f"{url}/v1/completions"
+        self.body = {"model": model, "prompt": "abc", "max_tokens": 240, "ignore_eos": True}
+        self.deadline = time.monotonic() + 30
+        self.begun = threading.Event()
+        """Set when an answer has begun to arrive, or is there whole."""
+
+    def ask(self, *, stream: bool) -> httpx.Response:
+        """The answer that says so."""
+        while time.monotonic() < self.deadline:
+            body = self.body | {"stream": stream}
+            with httpx.stream("POST", self.url, json=body, timeout=30) as answer:
+                self.begun.set()
+                answer.read()
+            if answer.status_code == 503 or (stream and STOPPED in answer.text):
+                return answer
+            assert answer.status_code == 200, answer.text
+            assert not stream or answer.text.endswith("data: [DONE]\n\n"), answer.text
+        raise AssertionError("no answer said that the engine has stopped")
+
+
 def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None:
     model = str(tiny_world.model)
     flags = ["--port", "0", "--tensor-parallel-size", "2", "--rank-timeout-s", "3", *more]
@@ -52,21 +79,20 @@ def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None
     try:
         assert server.stdout is not None
         url = server.stdout.readline().strip().removeprefix("Listening on ")
-        body = {"model": model, "prompt": "abc", "max_tokens": 240, "ignore_eos": True}
-
-        def ask(stream: bool) -> httpx.Response:
-            return httpx.post(f"{url}/v1/completions", json=body | {"stream": stream}, timeout=30)
-
+        clients = _Clients(url, model)
         with ThreadPoolExecutor() as pool:
-            answers = [pool.submit(ask, stream) for stream in (True, False, False)]
-            time.sleep(0.5)
+            kinds = (True, True, False, False)
+            answers = [pool.submit(clients.ask, stream=stream) for stream in kinds]
+            assert clients.begun.wait(20)
+            time.sleep(0.2)
+            assert not any(answer.done() for answer in answers)
             begin = time.monotonic()
             (rank,) = _children(server.pid)
             os.kill(rank, how)
-            streamed, *whole = (answer.result() for answer in answers)
+            told = [answer.result() for answer in answers]
         assert time.monotonic() - begin < 10
-        assert '"code":"engine_stopped"' in streamed.text
-        assert all(answer.status_code == 503 for answer in whole)
+        assert all(STOPPED in answer.text for answer in told)
+        assert all(answer.status_code == 503 for answer in told[2:])
         _, errors = server.communicate(timeout=10)
         assert server.returncode not in (0, None) and "rank 1 of 2 is lost" in errors
         assert ("no sign of life for 3 s" in errors) == (how == signal.SIGSTOP)

@@ -62,6 +62,9 @@ def convert_adapter(
     name = folder.name
     config, data, tensors = _read(name, folder)
     kind = kind_of(data.get("init_lora_weights", True))
+    if base is not None and data.get("fan_in_fan_out"):
+        reason = "--base is not for base weights that lie transposed (fan_in_fan_out)"
+        raise AdapterRejected(name, [f"{reason}: give --initial FOLDER"])
     said = []
     if not (folder / WEIGHTS_NAME).is_file():
         said.append(f"{PICKLE_NAME} read with weights_only")

@@ -55,6 +55,11 @@ def bind_linears(
         target = weight if peft.targets_parameter(weight) else module.name
         r, scale = peft.r_and_scale_of(target)
         is_targeted = target == weight or peft.targets(target)
+        if target == weight and spec.transposed:  # its A and B would change places
+            reasons.append(
+                f"target_parameters name {weight}, which a Conv1D layer holds transposed; "
+                "LoRA on such layers is served through target_modules"
+            )
         for factor, tensor in module.factors.items():
             if reason := _wrong(tensor, spec, factor, r, is_targeted, config):
                 reasons.append(reason)

@@ -55,6 +55,7 @@ HARMLESS = {
     "runtime_config",
     "qalora_group_size",
     "megatron_core",
+    "fan_in_fan_out",  # how base weights lie, which PEFT looks up in the model
 }
 
 # Names of the classification heads that PEFT saves beside LoRA for task_type SEQ_CLS.
@@ -71,7 +72,6 @@ REFUSED = {
     "alora_invocation_tokens": "activated LoRA is not served yet",
     "layer_replication": "layer replication makes another base model, with more layers, out of "
     "copies of these; one base model serves all adapters",
-    "fan_in_fan_out": "transposed weights (Conv1D layers) are not served yet",
     "megatron_config": "Megatron layers are not served",
     "use_qalora": "QALoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served",
@@ -191,6 +191,8 @@ def _unserved(data: dict[str, Any]) -> list[str]:
             continue
         reason = REFUSED.get(key, "this setting is unknown to loramux")
         reasons.append(f"{key[:80]}={_said(value)}: {reason}")
+    if data.get("fan_in_fan_out") and data.get("target_parameters"):
+        reasons.append("PEFT loads no adapter with both fan_in_fan_out and target_parameters")
     if against := reason_against(data.get("init_lora_weights", True)):
         reasons.append(against)
     return reasons

@@ -8,6 +8,13 @@
 x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
 By default y and h of a row layer stand side by side and one all-reduce sums both; the delta is added
 after it, in the op that follows anyway. Where a step has no work list (CPUs), reduce(y + B h) does it.
+
+With `fully_sharded_loras` h of a large step travels while the base product is computed:
+
+    main stream    A' x ──┬── W' x ──┬── y + B' h
+    NCCL's own            └── h ─────┘
+
+In small steps, which graphs capture, all of it is on the main stream.
 """
 
 from __future__ import annotations
@@ -29,7 +36,10 @@ from loramux.kernels import (
 )
 from loramux.layers.batch import LoRAStep, StepBatch
 from loramux.layers.linear import ROW_STEP, MergedLinear
-from loramux.parallel import Cut, Group
+from loramux.parallel import Cut, Group, Travelling
+
+OVERLAPPED_TOKENS = 1024
+"""Steps of more are large: their base products take longer than h travels. No graph captures them."""
 
 
 class ShardedLinear(MergedLinear):
@@ -134,17 +144,37 @@ class ShardedLinear(MergedLinear):
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
     ) -> tuple[torch.Tensor, Expand | None]:
         self.computations += 1
-        if self.kind == "row":
-            h = self._shrink(x, site, lora.work, lora.width)  # [T, W]
-            h = self._group.all_reduce(h)  # [T, W]
-        else:
-            h = self._shrink_dealt(x, lora)  # [T, W]
+        travelling = self._send(x, lora, site)
         y = self._base(x)  # [T, N']
+        h = self._received(travelling, lora)  # [T, W]
         expand = Expand(site, h.unsqueeze(0), lora.work)
         if self.kind == "column":
             return y, expand
         lora_expand(y[:, self.cuts[0].b_output.slice], expand)
         return y, None
+
+    def _send(self, x: torch.Tensor, lora: LoRAStep, site: LoRASite) -> Travelling:
+        """Shrink x [T, K'] and send that to the other ranks."""
+        beside = x.shape[0] > OVERLAPPED_TOKENS
+        if self.kind == "row":
+            h = self._shrink(x, site, lora.work, lora.width)  # [T, W]
+            return self._group.start_all_reduce(h, beside=beside)
+        assert self.dealt_site is not None and lora.dealt is not None
+        h = self._shrink(x, self.dealt_site, lora.dealt, self._dealt_width(lora))  # [T, W']
+        return self._group.start_all_gather(h, beside=beside)
+
+    def _received(self, travelling: Travelling, lora: LoRAStep) -> torch.Tensor:
+        """[T, W] of all ranks: of a column layer rank row k comes from rank k % N."""
+        h = travelling.wait()  # [T, W] or [N, T, W']
+        if self.kind == "row":
+            return h
+        deal, tokens, columns = h.shape
+        parts = h.view(deal, tokens, self._dealt_width(lora), self.num_slices)  # [N, T, w', S]
+        return parts.permute(1, 2, 0, 3).reshape(tokens, deal * columns)  # [T, W]
+
+    def _dealt_width(self, lora: LoRAStep) -> int:
+        """Columns of a slice on one rank."""
+        return -(-lora.width // self.cuts[0].deal)
 
     def _shrink(self, x: torch.Tensor, site: LoRASite, work: WorkList, width: int) -> torch.Tensor:
         """x [T, K'] -> [T, width S], which is about to travel: of many tokens in the type of x.
@@ -154,15 +184,6 @@ class ShardedLinear(MergedLinear):
         h = x.new_empty(parts, x.shape[0], width * self.num_slices, dtype=dtype)
         lora_shrink(x, site, work, h)
         return h[0] if parts == 1 else h.sum(0)  # [T, W]
-
-    def _shrink_dealt(self, x: torch.Tensor, lora: LoRAStep) -> torch.Tensor:
-        """x [T, K] -> [T, W] of all ranks' rows of A: rank row k comes from rank k % N."""
-        assert self.dealt_site is not None and lora.dealt is not None
-        deal, slices = self.cuts[0].deal, self.num_slices
-        width = -(-lora.width // deal)
-        h = self._shrink(x, self.dealt_site, lora.dealt, width)  # [T, W']
-        parts = self._group.all_gather(h).view(deal, x.shape[0], width, slices)  # [N, T, w', S]
-        return parts.permute(1, 2, 0, 3).reshape(x.shape[0], width * deal * slices)  # [T, W]
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, K'] -> [T, N'] without adapters."""

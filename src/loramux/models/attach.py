@@ -25,6 +25,7 @@ from loramux.layers.experts import Experts
 from loramux.layers.linear import LinearSlice, MergedLinear
 from loramux.layers.sharded import ShardedLinear
 from loramux.layers.tower import TowerLinear, TowerSlice, TowerStep
+from loramux.models.conv1d import replace_conv1d
 from loramux.models.experts import (
     AttachedExperts,
     attach_experts,
@@ -88,6 +89,7 @@ class Attached:
     shards: Shards = field(default_factory=lambda: Shards(ALONE))
     language: Language | None = None  # where it is a part of `model`
     towers: Towers | None = None  # the other parts
+    transposed: frozenset[str] = frozenset()  # linear layers that were `Conv1D`
 
     @property
     def group(self) -> Group:
@@ -132,6 +134,7 @@ def attach(
     Raises UnsupportedModel, naming what stands in the way."""
     batch, step = StepBatch(), TowerStep()
     attached = Attached(model, batch, [], [], ModelSchema({}), shards=shards or Shards(ALONE))
+    attached.transposed = replace_conv1d(model)
     attached.language = Language.of(model)
     outside = [] if attached.language is None else attached.language.outside()
     for path, parent in list(model.named_modules()):
@@ -332,7 +335,10 @@ def _build_schema(
                     site_of[id(merged)] = len(attached.sites)
                     attached.sites.append(merged)
                 whole = merged.whole_features(index)
-                modules[name] = ModuleSpec(name, *whole, site_of[id(merged)], index)
+                modules[name] = ModuleSpec(
+                    *(name, *whole, site_of[id(merged)], index),
+                    transposed=name in attached.transposed,
+                )
         elif isinstance(module, nn.Embedding):
             refused[name] = "LoRA on embeddings is not served yet"
         elif type(module) is nn.Linear and is_in(name, outside):

@@ -133,6 +133,8 @@ def read_config(
     reasons = []
     if config.is_encoder_decoder:
         reasons.append("it is an encoder-decoder model")
+    if getattr(config, "add_cross_attention", False):
+        reasons.append("it attends to the states of an encoder (add_cross_attention)")
     if quantised or getattr(config, "quantization_config", None):
         reasons.append("its weights are quantised, which is not served yet")
     if is_multimodal(config) and not config.is_encoder_decoder:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from loramux.config import LoRAConfig
 from loramux.errors import UnsupportedModel
 from loramux.layers.embedding import ShardedEmbedding
+from loramux.models.conv1d import conv1d_layers
 from loramux.parallel import STYLES, Cut, Group, Stripe, all_of, cut_linear, stripe
 
 EXPERTS_STYLE = "moe_tp_experts"
@@ -74,6 +75,9 @@ def cut_model(model: PreTrainedModel, group: Group, lora: LoRAConfig | None) -> 
     shards = Shards(group, bool(lora and lora.fully_sharded_loras))
     if group.size == 1:
         return shards
+    if conv1d := {name.rpartition(".")[2] for name, _ in conv1d_layers(model)}:
+        names = ", ".join(sorted(conv1d))
+        raise _refusal(model, group, [f"its layers {names} are Conv1D, which are not cut yet"])
     plan = model.tp_plan or {}
     if not any(style.startswith("colwise") for name, style in plan.items() if "*" in name):
         raise _refusal(model, group, ["it has no tp_plan for its layers"])

@@ -1,0 +1,185 @@
+"""With `fully_sharded_loras` shrunk activations of large steps travel beside the base product, and the
+values are those of collectives that are waited for in order."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loramux.kernels import LoRASite, WorkList, lora_expand
+from loramux.layers import sharded
+from loramux.layers.batch import LoRAStep, StepBatch
+from loramux.layers.sharded import ShardedLinear, deal_out
+from loramux.parallel import Group, Travelling, cut_linear, join
+
+SIZE, RANK, SCALE = 2, 5, 0.75
+TOKENS, PLAIN, HIDDEN = 9, 2, 16
+OUTS = {"colwise": (8, 12), "rowwise": (12,)}
+
+
+class _Recording(Group):
+    """A group that notes its collectives: how each begins, and when it is waited for."""
+
+    def __init__(self, inner: Group):
+        super().__init__(inner.rank, inner.size, inner._group)
+        self.noted: list[str] = []
+
+    def start_all_reduce(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
+        return self._note(super().start_all_reduce(tensor, beside=beside), beside)
+
+    def start_all_gather(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
+        return self._note(super().start_all_gather(tensor, beside=beside), beside)
+
+    def _note(self, inner: Travelling, beside: bool) -> Travelling:
+        noted = self.noted
+        noted.append("begins beside" if beside else "begins")
+
+        class Noting(Travelling):
+            def wait(self) -> torch.Tensor:
+                noted.append("is waited for")
+                return inner.wait()
+
+        return Noting(torch.empty(0))
+
+
+class _Layer(ShardedLinear):
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self._group, _Recording)
+        self._group.noted.append("base product")
+        return super()._base(x)
+
+
+@dataclass
+class _Case:
+    """Layers with one input under `style`, an adapter on them, and what a rank makes of x."""
+
+    style: str
+    linears: list[nn.Linear]
+    a: list[torch.Tensor]  # of each layer [r, in]
+    b: list[torch.Tensor]  # [out, r]
+    x: torch.Tensor  # [T, in]
+
+    def expected(self) -> torch.Tensor:
+        """[T, N] of all layers side by side."""
+        wanted = []
+        for linear, a, b in zip(self.linears, self.a, self.b, strict=True):
+            y = linear(self.x)  # [T, out]
+            y[PLAIN:] += SCALE * (self.x[PLAIN:] @ a.T @ b.T)
+            wanted.append(y)
+        return torch.cat(wanted, dim=1)
+
+    def layer(self, group: _Recording) -> ShardedLinear:
+        """This rank's part."""
+        work = _work()
+        batch = StepBatch(lora=LoRAStep(work, 0, width=6, dealt=deal_out(work, SIZE)))
+        cuts, parts = [], []
+        for whole in self.linears:
+            shape = (whole.out_features, whole.in_features)
+            cut = cut_linear(self.style, shape, SIZE, group.rank, fully=True)
+            part = nn.Linear(cut.input.size, cut.output.size, dtype=torch.float64)
+            part.weight.data = whole.weight.data[cut.output.slice, cut.input.slice].clone()
+            part.bias.data = whole.bias.data[cut.output.slice].clone()
+            if cut.kind == "row" and group.rank > 0:
+                part.bias = None  # type: ignore[assignment]
+            cuts.append(cut)
+            parts.append(part)
+        layer = _Layer(parts, batch, cuts, group, fully=True)
+        layer.attach_site(RANK, torch.float64)
+        assert layer.site is not None and layer.dealt_site is not None
+        for s, (cut, a, b) in enumerate(zip(cuts, self.a, self.b, strict=True)):
+            start = layer.starts[s]
+            mine = b[cut.b_output.slice].T  # [r, out']
+            layer.site.b[:RANK, start : start + mine.shape[1]] = mine
+            own = a[group.rank :: SIZE] if cut.deal > 1 else a[:, cut.input.slice]  # [r', in']
+            (layer.dealt_site if cut.deal > 1 else layer.site).a[s, : len(own)] = own
+            _own(layer.site, s, RANK)
+            _own(layer.dealt_site, s, len(own) if cut.deal > 1 else 0)
+        return layer
+
+    def outcome(self, group: _Recording) -> torch.Tensor:
+        """y [T, N'] of this rank."""
+        layer = self.layer(group)
+        part = layer.cuts[0].input.slice
+        y, expand = layer.project(self.x[:, part].contiguous())
+        if expand is not None:
+            lora_expand(y, expand)
+        return y
+
+
+def _own(site: LoRASite, s: int, r: int) -> None:
+    site.row_r[s, 0], site.row_scale[s, 0] = r, SCALE
+
+
+def _work() -> WorkList:
+    """An adapter on all rows but the first ones."""
+    one = struct.unpack("<i", struct.pack("<f", 1.0))[0]
+    plain, adapted = [0, PLAIN, 0, 0, 0, 0, 0, 0], [PLAIN, TOKENS, 0, 1, 0, 0, one, RANK]
+    return WorkList(
+        chunks=torch.tensor([plain, adapted], dtype=torch.int32),
+        counts=torch.tensor([1, 2], dtype=torch.int32),
+        member_rows=torch.zeros(1, dtype=torch.int32),
+        member_columns=torch.zeros(1, dtype=torch.int32),
+        member_scales=torch.ones(1),
+        member_ranks=torch.tensor([RANK], dtype=torch.int32),
+        rows_per_chunk=16,
+        max_chunks=2,
+    )
+
+
+def _on_all_ranks(case: _Case, store: Path, noted: list[str]) -> list[torch.Tensor]:
+    """What each rank makes of the case, in a thread of its own; `noted` is rank 0's."""
+    outcomes: dict[int, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def run(rank: int) -> None:
+        group = _Recording(join(str(store), rank, SIZE, torch.device("cpu"), shared=False))
+        group.noted = noted if rank == 0 else []
+        outcomes[rank] = case.outcome(group)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(SIZE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [outcomes[rank] for rank in range(SIZE)]
+
+
+@pytest.mark.parametrize("style", ["colwise", "rowwise"])
+def test_large_steps_overlap_and_compute_the_same(
+    style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears = [nn.Linear(HIDDEN, out, dtype=torch.float64) for out in OUTS[style]]
+    a = [torch.randn(RANK, HIDDEN, dtype=torch.float64) for _ in linears]
+    b = [torch.randn(one.out_features, RANK, dtype=torch.float64) for one in linears]
+    case = _Case(style, linears, a, b, torch.randn(TOKENS, HIDDEN, dtype=torch.float64))
+    outcomes = []
+    for limit, begins in ((TOKENS, "begins"), (TOKENS - 1, "begins beside")):
+        noted: list[str] = []
+        monkeypatch.setattr(sharded, "OVERLAPPED_TOKENS", limit)
+        outcomes.append(_on_all_ranks(case, tmp_path / str(limit), noted))
+        assert noted[:3] == [begins, "base product", "is waited for"]
+        # What a row layer ends with is needed at once.
+        assert noted[3:] == ([] if style == "colwise" else ["begins", "is waited for"])
+    for in_order, beside in zip(*outcomes, strict=True):
+        assert torch.equal(in_order, beside)
+    with torch.inference_mode():
+        torch.testing.assert_close(_joined(style, outcomes[1]), case.expected())
+
+
+def _joined(style: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the ranks have together [T, N]."""
+    if style == "rowwise":
+        assert torch.equal(*parts)
+        return parts[0]
+    slices, start = [], 0
+    for out in OUTS[style]:
+        end = start + out // SIZE
+        slices += [part[:, start:end] for part in parts]
+        start = end
+    return torch.cat(slices, dim=1)
