@@ -21,6 +21,7 @@ Set LORAMUX_CPU_KERNELS=reference to run the twins on the CPU.
 from __future__ import annotations
 
 from loramux.kernels.arguments import (
+    AFFINE,
     Activation,
     AttentionBatch,
     Expand,
@@ -54,6 +55,7 @@ from loramux.kernels.dispatch import (
 from loramux.kernels.packed_linear import PackedLinear
 
 __all__ = [
+    "AFFINE",
     "OPS",
     "Activation",
     "AttentionBatch",
