@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from loramux.kernels.arguments import (
     AFFINE,
+    ONE_PLACE,
     Activation,
     AttentionBatch,
     Expand,
@@ -56,6 +57,7 @@ from loramux.kernels.packed_linear import PackedLinear
 
 __all__ = [
     "AFFINE",
+    "ONE_PLACE",
     "OPS",
     "Activation",
     "AttentionBatch",

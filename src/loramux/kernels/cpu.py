@@ -152,9 +152,7 @@ def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segme
     return None
 
 
-def _delta_in_turn(
-    y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments
-) -> None:
+def _delta_in_turn(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments) -> None:
     """`lora_delta` where some adapters have gains and shifts, which come after the deltas before them:
     member by member."""
     if "turns" not in segments.notes:

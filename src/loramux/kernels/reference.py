@@ -82,9 +82,7 @@ def _member_delta(x: torch.Tensor, site: LoRASite, s: int, p: int, r: int) -> to
     return F.pad(grown, (lo, site.slice_starts[-1] - hi))  # [t, N]
 
 
-def gain_and_shift(
-    site: LoRASite, p: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gain_and_shift(site: LoRASite, p: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the adapter in row `p`: [N] each, in `dtype`."""
     gain, shift = site.affine[:, p >> site.affine_shift].to(dtype)  # [N], [N]
     return gain, shift
