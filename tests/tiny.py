@@ -133,8 +133,12 @@ def save_adapter(model_folder: Path, folder: Path, seed: int = 1, **settings: An
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(0.6 + torch.rand_like(parameter))
+            elif "lora_" in name:
                 parameter.normal_(0, 0.15)
+            elif settings.get("bias", "none") != "none" and parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
     peft_model.save_pretrained(folder)
     return folder
 

@@ -175,6 +175,8 @@ class Group:
         self.size = size
         self.entered = 0
         """Collectives so far; a graph's count once, when it is captured."""
+        self.beside: Group = self
+        """For the thread that loads adapters, and CPU tensors; with one rank, the same."""
         self._group = process_group
         self._staged = staged
 
@@ -245,6 +247,8 @@ class Group:
 
     def abort(self) -> None:
         """End what is running and let nobody wait for it; from any thread."""
+        if self.beside is not self:
+            self.beside.abort()
         if self._group is not None and hasattr(self._group, "abort"):
             self._group.abort()
 
@@ -296,6 +300,9 @@ def join(store_path: str, rank: int, size: int, device: torch.device, *, shared:
     dist: Any = torch.distributed
     store = dist.FileStore(store_path, size)
     store.set_timeout(MEETING)
+    gloo = dist.ProcessGroupGloo._Options()
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    gloo._timeout = PATIENCE
     if device.type == "cuda" and not shared:
         torch.cuda.set_device(device)
         nccl = dist.ProcessGroupNCCL.Options()
@@ -305,10 +312,9 @@ def join(store_path: str, rank: int, size: int, device: torch.device, *, shared:
         group = dist.ProcessGroupNCCL(store, rank, size, nccl)
         joined = Group(rank, size, group)
     else:
-        gloo = dist.ProcessGroupGloo._Options()
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        gloo._timeout = PATIENCE
         group = dist.ProcessGroupGloo(store, rank, size, gloo)
         joined = Group(rank, size, group, staged=device.type == "cuda")
     joined.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first collective
+    beside = dist.ProcessGroupGloo(dist.PrefixStore("beside", store), rank, size, gloo)
+    joined.beside = Group(rank, size, beside)
     return joined

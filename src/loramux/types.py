@@ -40,7 +40,8 @@ class AdapterRef:
     `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
     `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
     `adapts_encoder` says that it has weights for a tower or connector of a multimodal model, `labels`
-    what its classification head tells apart; () if it has none.
+    what its classification head tells apart; () if it has none; `affine` that it scales or shifts
+    outputs of layers, as DoRA and trained biases do.
     """
 
     name: str
@@ -50,6 +51,7 @@ class AdapterRef:
     num_bytes: int
     adapts_encoder: bool = False
     labels: tuple[str, ...] = ()
+    affine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,9 @@ class AdapterUse:
             raise InvalidField(f"scale must be finite, not {self.scale}", field="lora")
 
 
-def compose(members: Sequence[tuple[str, float]]) -> Composition:
-    """Canonical form of a list of (digest, scale): equal digests add up, scale 0 drops out.
+def compose(members: Sequence[tuple[str, float]], *, in_turn: bool = False) -> Composition:
+    """Canonical form of a list of (digest, scale): equal digests add up, scale 0 drops out. `in_turn`:
+    the order says something, and stays.
 
     >>> compose([("b", 1.0), ("a", 0.5), ("a", 0.25)])
     (('a', 0.75), ('b', 1.0))
@@ -75,7 +78,8 @@ def compose(members: Sequence[tuple[str, float]]) -> Composition:
     total: dict[str, float] = {}
     for digest, scale in members:
         total[digest] = total.get(digest, 0.0) + scale
-    return tuple(sorted((digest, scale) for digest, scale in total.items() if scale != 0.0))
+    kept = [(digest, scale) for digest, scale in total.items() if scale != 0.0]
+    return tuple(kept if in_turn else sorted(kept))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,7 +313,9 @@ class Request:
 
     @property
     def composition(self) -> Composition:
-        return compose([(ref.digest, scale) for ref, scale in self.adapters])
+        # One that scales outputs scales the deltas before it as well.
+        in_turn = any(ref.affine for ref, _ in self.adapters)
+        return compose([(ref.digest, scale) for ref, scale in self.adapters], in_turn=in_turn)
 
 
 AdapterState = Literal["ready", "draining"]

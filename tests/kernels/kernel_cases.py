@@ -87,19 +87,22 @@ def make_segments(spans: list[tuple[int, int, list[int]]]) -> Segments:
 def lora_oracle(
     y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments
 ) -> torch.Tensor:
-    """float64 [T, N]: y + x @ W^T with each segment's dense W."""
+    """float64 [T, N]: y + x @ W^T with the dense W of each member, and then what it does to the sum."""
     wanted = y.double().clone()
     for g in range(segments.num_segments):
-        dense = torch.zeros(site.slice_starts[-1], x.shape[1], dtype=torch.float64)
+        span = slice(int(segments.starts[g]), int(segments.ends[g]))
         for m in range(int(segments.member_offsets[g]), int(segments.member_offsets[g + 1])):
             p, scale = int(segments.member_rows[m]), segments.member_scales[m].double()
+            dense = torch.zeros(site.slice_starts[-1], x.shape[1], dtype=torch.float64)
             for s in range(site.num_slices):
                 lo, hi, r = *site.slice_starts[s : s + 2], int(site.row_r[s, p])
                 if r:
                     up, down = site.b[p : p + r, lo:hi].double(), site.a[s, p : p + r].double()
                     dense[lo:hi] += scale * site.row_scale[s, p].double() * (up.T @ down)
-        span = slice(int(segments.starts[g]), int(segments.ends[g]))
-        wanted[span] += x[span].double() @ dense.T
+            wanted[span] += x[span].double() @ dense.T
+            if p in segments.affine_rows:
+                gain, shift = site.affine[:, p >> site.affine_shift].double()
+                wanted[span] = wanted[span] * (1 + gain) + shift
     return wanted
 
 

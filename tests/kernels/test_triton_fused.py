@@ -208,7 +208,7 @@ def test_gated_with_delta(
     wide = reference.gated(x.double(), activation, in_float64(case.expand))[case.touched]
     # The sum is rounded before the activation, so the error goes with its terms.
     assert_close(out, wide, 2 * CHAIN, floor=40 * STEP[activations] + 2e-4)
-    same_bits(out, reference.gated(x, activation, for_twins(case.expand))[case.touched], 1e-2)
+    same_bits(out, reference.gated(x, activation, for_twins(case.expand))[case.touched], 3e-2)
 
 
 BLOCK = 8
@@ -292,7 +292,7 @@ def check_rope_kv(
                 floor = 40 * STEP[activations] + 1e-4
                 assert_close(ours, theirs, 2 * CHAIN, floor=floor)
             else:
-                same_bits(ours, theirs, 1e-2)
+                same_bits(ours, theirs, 3e-2)
 
 
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)

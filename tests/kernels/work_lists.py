@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from kernel_cases import int32, make_segments, make_site, poisoned
 
-from loramux.kernels import Expand, LoRASite, Segments, WorkList
+from loramux.kernels import AFFINE, Expand, LoRASite, Segments, WorkList
 
 Span = tuple[int, int, list[int]]
 """First row, end row, first pool rows of the members (none: base rows)."""
@@ -39,7 +39,8 @@ def bits(value: float) -> int:
 def make_work(
     spans: list[Span], columns: dict[int, int], ranks: dict[int, int], rows_per_chunk: int
 ) -> WorkList:
-    """The chunks of `spans`, base rows first; `columns` by first pool row. Lists have spare room."""
+    """The chunks of `spans`, base rows first; `columns` and `ranks`, with their flag, by first pool row.
+    Lists have spare room."""
     offsets, rows, scales = [0], [], []
     for _, _, members in spans:
         rows += members
@@ -88,6 +89,19 @@ def make_h(
     return h
 
 
+def affine_of(adapters: list[tuple[int, int]]) -> list[int]:
+    """First pool rows of the adapters that have gains and shifts: every second one."""
+    return [p for p, _ in adapters[1::2]]
+
+
+def make_affine(site: LoRASite, adapters: list[tuple[int, int]]) -> torch.Tensor:
+    """[2, R, N], NaN where no adapter has any."""
+    affine = torch.full((2, *site.b.shape), float("nan"))
+    for p in affine_of(adapters):
+        affine[:, p] = torch.randn(2, site.b.shape[1]) / 4
+    return affine.to(site.b.dtype)
+
+
 def make_case(
     slice_starts: tuple[int, ...],
     adapters: list[tuple[int, int]],
@@ -105,6 +119,8 @@ def make_case(
     """`adapters` are (first pool row, rank), `untouched` (slice, first pool row). `under`: the A
     matrices stand where they would under a base weight, and so do the columns of `h`."""
     site = make_site(slice_starts, features, adapters, dtype, untouched)
+    site = replace(site, affine=make_affine(site, adapters), affine_shift=0)
+    ranks = {p: r + (AFFINE if p in affine_of(adapters) else 0) for p, r in adapters}
     if under:
         stacked = site.a.transpose(0, 1).contiguous()  # [R, S, in]
         site = replace(site, a=stacked.transpose(0, 1))
@@ -114,12 +130,16 @@ def make_case(
         for p, r in reversed(adapters):
             columns[p] = width
             width += r + 1
-    work = make_work(spans, columns, dict(adapters), rows_per_chunk)
+    work = make_work(spans, columns, ranks, rows_per_chunk)
     h = make_h(site, work, tokens, parts, width, h_dtype)
     touched = torch.zeros(tokens, dtype=torch.bool)
     for start, end, _ in spans:
         touched[start:end] = True
-    segments = replace(make_segments(spans), member_scales=work.member_scales[:-1])
+    segments = replace(
+        make_segments(spans),
+        member_scales=work.member_scales[:-1],
+        affine_rows=frozenset(affine_of(adapters)),
+    )
     return Case(site, segments, work, Expand(site, h, work), width, touched)
 
 
@@ -132,6 +152,8 @@ def site_to(site: LoRASite, device: str) -> LoRASite:
         site.row_r.to(device),
         site.row_scale.to(device),
         site.experts,
+        site.affine.to(device),
+        site.affine_shift,
     )
 
 
@@ -164,8 +186,12 @@ def in_float64(expand: Expand) -> Expand:
     """For the twins: the same delta in float64, `h` summed and rounded as its text says."""
     site = expand.site
     h = expand.h.float().sum(0, keepdim=True).to(site.b.dtype)  # [1, T, W]
-    wide = LoRASite(
-        site.a.double(), site.b.double(), site.slice_starts, site.row_r, site.row_scale.nan_to_num()
+    wide = replace(
+        site,
+        a=site.a.double(),
+        b=site.b.double(),
+        affine=site.affine.double(),
+        row_scale=site.row_scale.nan_to_num(),
     )
     return Expand(wide, h.double(), expand.work)
 
@@ -193,6 +219,7 @@ def moved(case: Case) -> Case:
         torch.cat((site.row_r, other_r), 1),
         torch.cat((site.row_scale, site.row_scale * 2), 1),
         experts=2,
+        affine=torch.zeros_like(site.affine[:, :1]),  # experts have no gains
     )
     work = replace(case.work, chunks=chunks)
     return replace(case, site=both, work=work, expand=Expand(both, case.expand.h, work))

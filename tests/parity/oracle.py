@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,14 @@ class Oracle:
             model_folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.peft: PeftModel | None = None
+        # PEFT overwrites the base model's biases with trained ones: such adapters get a model each.
+        self._alone = {}
+        if len(adapters) > 1:
+            alone = [name for name, path in adapters.items() if _trains_biases(path)]
+            self._alone = {name: Oracle(model_folder, {name: adapters[name]}) for name in alone}
         for name, path in adapters.items():
+            if name in self._alone:
+                continue
             if self.peft is None:
                 self.peft = PeftModel.from_pretrained(self.base, path, adapter_name=name)
             else:
@@ -42,6 +50,8 @@ class Oracle:
 
     def logits(self, token_ids: Sequence[int], composition: dict[str, float]) -> torch.Tensor:
         """[T, V] for one sequence under a sum of scaled adapters; {} is the base."""
+        if len(composition) == 1 and (name := next(iter(composition))) in self._alone:
+            return self._alone[name].logits(token_ids, composition)
         ids = torch.tensor([list(token_ids)])  # [1, T]
         with torch.no_grad():
             if self.peft is None:
@@ -60,6 +70,10 @@ class Oracle:
         for _ in range(count):
             tokens.append(int(self.logits(tokens, composition)[-1].argmax()))
         return tokens[len(prompt) :]
+
+
+def _trains_biases(path: Path) -> bool:
+    return json.loads((path / "adapter_config.json").read_text()).get("bias", "none") != "none"
 
 
 def make_case(

@@ -37,10 +37,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"mlp.c_proj": 9},
     },
     "all": {"target_modules": "all-linear", "fan_in_fan_out": True},
+    "dora": {"target_modules": EVERY, "use_dora": True, "fan_in_fan_out": True},
+    "biases": {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True},
 }
 COMPOSITIONS: list[dict[str, float]] = [
     {},
     {"usual": 1.0},
+    {"dora": 1.0},
+    {"biases": 1.0},
     {"unsaid": 1.0},
     {"patterns": 1.0},
     {"all": 1.0},

@@ -25,6 +25,13 @@ ADAPTERS = {
         "layers_to_transform": [1],
         "exclude_modules": ["down_proj"],
     },
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
+    "dora some": {
+        "r": 2,
+        "lora_alpha": 1,
+        "use_dora": True,
+        "target_modules": ["o_proj", "down_proj"],
+    },
 }
 # What each request of the mixed batch asks for.
 COMPOSITIONS: list[dict[str, float]] = [
@@ -38,6 +45,11 @@ COMPOSITIONS: list[dict[str, float]] = [
     {"plain": 0.7, "rslora": 1.0},
     {"patterns": -0.5, "some": 2.0, "layers": 1.0},
     {"plain": 0.3},
+    {"dora": 1.0},
+    {"dora some": 1.0},
+    {"plain": 0.7, "dora": 1.0},
+    {"dora some": 1.0, "rslora": 1.0},
+    {"dora": 1.0, "some": 0.5, "dora some": 1.0},
 ]
 
 

@@ -109,9 +109,12 @@ def test_digest_is_of_the_content(adapter: Path, schema: ModelSchema, tmp_path: 
 
 
 CONFIG_REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "DoRA"),
-    ({"bias": "lora_only"}, "bias"),
-    ({"lora_bias": True}, "lora_bias"),
+    ({"use_dora": True}, "use_dora is set, but the file has no lora_magnitude_vector of"),
+    ({"lora_bias": True}, "lora_bias is set, but the file has no lora_B.bias of"),
+    ({"use_dora": True, "lora_bias": True}, "do not go together"),
+    ({"use_dora": "yes"}, "use_dora must be true or false"),
+    ({"bias": "some"}, "bias must be one of none, all, lora_only"),
+    ({"bias": ["all"]}, "bias must be one of"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "this model has no experts"),
@@ -181,7 +184,17 @@ WEIGHT_REFUSALS: list[tuple[Callable[[dict[str, torch.Tensor]], None], str]] = [
         lambda t: t.__setitem__(
             Q0.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(4)
         ),
-        "is no lora_A.weight",
+        "does not set use_dora",
+    ),
+    (
+        lambda t: t.__setitem__(
+            "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias", torch.ones(64)
+        ),
+        "does not set bias",
+    ),
+    (
+        lambda t: t.__setitem__("base_model.model.model.norm.bias", torch.ones(64)),
+        "binds to no linear layer",
     ),
     (
         lambda t: t.__setitem__("base_model.model.lm_head.lora_A.weight", torch.ones(4, 64)),
@@ -205,10 +218,10 @@ def test_weight_refusals(
 
 
 def test_all_reasons_come_at_once(adapter: Path, schema: ModelSchema) -> None:
-    _edit_config(adapter, use_dora=True, bias="all", lora_bias=True)
+    _edit_config(adapter, use_dora=True, lora_bias=True, use_qalora=True)
     _edit_weights(adapter, _rename("layers.2.", "layers.9."))
     text = "; ".join(_reasons(adapter, schema))
-    for word in ("use_dora", "bias='all'", "lora_bias", "layers.9", "and 6 more of the same kind"):
+    for word in ("use_dora", "use_qalora", "lora_bias", "layers.9", "and 6 more of the same kind"):
         assert word in text
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from loramux.kernels import LoRASite, WorkList, lora_expand
 from loramux.layers import sharded
 from loramux.layers.batch import LoRAStep, StepBatch
-from loramux.layers.sharded import ShardedLinear, deal_out
+from loramux.layers.sharded import ShardedLinear, deal_out, parted
 from loramux.parallel import Group, Travelling, cut_linear, join
 
 SIZE, RANK, SCALE = 2, 5, 0.75
@@ -77,7 +77,9 @@ class _Case:
     def layer(self, group: _Recording) -> ShardedLinear:
         """This rank's part."""
         work = _work()
-        batch = StepBatch(lora=LoRAStep(work, 0, width=6, dealt=deal_out(work, SIZE)))
+        batch = StepBatch(
+            lora=LoRAStep(work, 0, width=6, dealt=deal_out(work, SIZE), deltas=parted(work)[0])
+        )
         cuts, parts = [], []
         for whole in self.linears:
             shape = (whole.out_features, whole.in_features)

@@ -37,6 +37,7 @@ from loramux.adapters.linears import (
 )
 from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
 from loramux.adapters.report import Binding, BindingReport, BindingRow, summarise
+from loramux.adapters.vectors import VectorBinding, bind_vectors, split_vectors
 from loramux.adapters.weights import (
     AdapterSource,
     AdapterWeights,
@@ -61,6 +62,7 @@ class _Bindings:
 
     linears: list[Binding]
     experts: list[ExpertBinding]
+    vectors: list[VectorBinding] = field(default_factory=list)
     head: HeadBinding | None = None
     left_out: list[str] = field(default_factory=list)  # modules of the file that are not served
 
@@ -70,12 +72,13 @@ class _Bindings:
 
     def rows(self) -> list[BindingRow]:
         """By tensor."""
-        every = chain.from_iterable(binding.rows for binding in self)
+        every = chain.from_iterable(binding.rows for binding in (*self, *self.vectors))
         return sorted(every, key=lambda row: (row.tensor, row.module))
 
     def tensors(self) -> dict[str, FileTensor]:
         """By key."""
         found = {t.key: t for binding in self for t in (binding.a, binding.b)}
+        found |= {t.key: t for binding in self.vectors for t in binding.tensors.values()}
         return found | {t.key: t for t in (self.head.tensors if self.head else ())}
 
 
@@ -109,7 +112,11 @@ def read_adapter(
     if peft_config is not None and not file_reasons:
         try:
             heads, tensors = split_heads(tensors)
+            vectors, tensors = split_vectors(tensors)
             bindings, bind_reasons = _bind(peft_config, tensors, schema, config)
+            adapted = {binding.module for binding in bindings}
+            bound, vector_reasons = bind_vectors(vectors, adapted, peft_config, schema, config)
+            bindings, bind_reasons = replace(bindings, vectors=bound), bind_reasons + vector_reasons
             head, head_reasons = bind_head(heads, peft_config, schema, config, folder)
             bindings, bind_reasons = replace(bindings, head=head), bind_reasons + head_reasons
         except TimeoutError:
@@ -142,6 +149,7 @@ def read_adapter(
         num_bytes=_num_elements(layout) * dtype.itemsize,
         adapts_encoder=any(binding.module in schema.towers for binding in bindings),
         labels=bindings.head.labels if bindings.head else (),
+        affine=bool(bindings.vectors),
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
 
@@ -234,17 +242,19 @@ def _lay_out(bindings: _Bindings) -> tuple[Layout, dict[str, Stored]]:
     }
     experts = stored_experts(bindings.experts, stored)
     head = bindings.head.stored(stored) if bindings.head else None
-    return Layout(pairs, tuple(runs), experts, head), stored
+    vectors = {binding.module: binding.stored(stored) for binding in bindings.vectors}
+    return Layout(pairs, tuple(runs), experts, head, vectors), stored
 
 
 def _num_elements(layout: Layout) -> int:
-    """Of all factors, as the pool holds them."""
+    """Of all factors, gains and shifts, as the pool holds them."""
     pairs = sum(
         stored.rows * stored.columns
         for pair in layout.pairs.values()
         for stored in (pair.a, pair.b)
     )
-    return pairs + sum(experts.num_elements for experts in layout.experts.values())
+    affine = sum(2 * vectors.columns for vectors in layout.vectors.values())
+    return pairs + affine + sum(experts.num_elements for experts in layout.experts.values())
 
 
 def _check_values(

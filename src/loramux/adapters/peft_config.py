@@ -37,6 +37,9 @@ SUPPORTED = {
     "layers_to_transform",
     "layers_pattern",
     "init_lora_weights",
+    "use_dora",
+    "bias",
+    "lora_bias",
 }
 
 # Keys that change nothing at inference, whatever their value.
@@ -58,14 +61,13 @@ HARMLESS = {
     "fan_in_fan_out",  # how base weights lie, which PEFT looks up in the model
 }
 
+BIASES = ("none", "all", "lora_only")
+
 # Names of the classification heads that PEFT saves beside LoRA for task_type SEQ_CLS.
 HEAD_NAMES = ("score", "classifier")
 
 # Keys that we refuse when set: why, in the user's words.
 REFUSED = {
-    "use_dora": "DoRA is not served yet",
-    "bias": "trained biases are not served yet",
-    "lora_bias": "a bias on lora_B is not served yet",
     "modules_to_save": "fully trained modules are not served yet, but for the classification "
     "head (score or classifier) of task_type SEQ_CLS",
     "trainable_token_indices": "trained token embeddings are not served yet",
@@ -95,6 +97,9 @@ class PeftConfig:
     layers_pattern: tuple[str, ...]
     matcher: Matcher
     saved_heads: tuple[str, ...] = ()  # names of classification heads in modules_to_save
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
 
     @property
     def targets_all_linear(self) -> bool:
@@ -193,6 +198,8 @@ def _unserved(data: dict[str, Any]) -> list[str]:
         reasons.append(f"{key[:80]}={_said(value)}: {reason}")
     if data.get("fan_in_fan_out") and data.get("target_parameters"):
         reasons.append("PEFT loads no adapter with both fan_in_fan_out and target_parameters")
+    if data.get("use_dora") is True and data.get("lora_bias") is True:
+        reasons.append("use_dora and lora_bias do not go together, in PEFT neither")
     if against := reason_against(data.get("init_lora_weights", True)):
         reasons.append(against)
     return reasons
@@ -253,6 +260,11 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
     parameters = data.get("target_parameters")
     if parameters is not None and (isinstance(parameters, str) or not _is_names(parameters)):
         reasons.append("target_parameters must be a list of strings")
+    for key in ("use_dora", "lora_bias"):
+        if not isinstance(data.get(key, False), bool | None):
+            reasons.append(f"{key} must be true or false, not {_said(data[key])}")
+    if data.get("bias") not in (*BIASES, None, False, ""):
+        reasons.append(f"bias must be one of {', '.join(BIASES)}, not {_said(data['bias'])}")
     layers = data.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(n) for n in numbers):
@@ -311,6 +323,9 @@ def _build(data: dict[str, Any]) -> PeftConfig:
         layers_pattern=_listed(data.get("layers_pattern")),
         matcher=matcher,
         saved_heads=_saved_heads(data),
+        use_dora=bool(data.get("use_dora")),
+        lora_bias=bool(data.get("lora_bias")),
+        bias=data.get("bias") or "none",
     )
 
 

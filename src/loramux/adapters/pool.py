@@ -14,6 +14,7 @@ and until then no request may take the place it needs.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,16 +34,25 @@ class _Tenant:
 class AdapterPool:
     """Places of adapters in the rank-row pool."""
 
-    def __init__(self, max_loras: int, max_lora_rank: int, granule: int = 1):
-        """Adapters begin at multiples of `granule` and take multiples of it."""
+    def __init__(
+        self, max_loras: int, max_lora_rank: int, granule: int = 1, *, affine_rows: int = 1
+    ):
+        """Adapters begin at multiples of `granule` and take multiples of it. `affine_rows` share a place
+        for gains and shifts, see `affine_r`."""
         self.max_loras = max_loras
         self._granule = granule
+        self._whole = math.lcm(granule, affine_rows)
         self.rows_per_slot = self._rows(max_lora_rank)
         self.evictions = 0
         self.on_evict: Callable[[str], None] = lambda digest: None
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # least recently used first
         self._pins: dict[str, int] = {}  # digest -> r
         self._placed_pins: set[str] = set()  # those that count as held
+
+    def affine_r(self, r: int) -> int:
+        """For what rank an adapter of rank r with gains and shifts is held: it shares its places with
+        nobody, so it takes whole ones, and every adapter of such a rank begins at one."""
+        return r + -r % self._whole
 
     @property
     def num_rows(self) -> int:
@@ -188,8 +198,10 @@ class AdapterPool:
         start = slot * self.rows_per_slot
         end = start + self.rows_per_slot
         taken = sorted((t.first_row, t.r) for t in self._tenants.values() if t.slot == slot)
+        step = self._whole if r % self._whole == 0 else 1
         row = start
         for first, count in [*taken, (end, 0)]:
+            row += -row % step
             if first - row >= r:
                 return row
             row = first + count

@@ -8,6 +8,15 @@ from dataclasses import dataclass
 
 from loramux.adapters.header import FileTensor
 
+KINDS = (
+    (".lora_A.weight", "lora_A"),
+    (".lora_B.weight", "lora_B"),
+    (".lora_B.bias", "B bias"),
+    (".lora_magnitude_vector", "DoRA"),
+    (".bias", "bias"),
+    ("", "lora"),
+)
+
 SHOWN = 8  # reasons of one kind that are spelled out before they are counted
 
 
@@ -65,7 +74,7 @@ class BindingReport:
         lines = [f"{'module':<48} {'tensor':<8} {'shape':<16} {'r':>4} {'scale':>9}  dtype"]
         alike: Counter[str] = Counter()
         for row in self.rows:
-            kind = "lora_A" if ".lora_A." in row.tensor else "lora_B"
+            kind = next(name for end, name in KINDS if row.tensor.endswith(end))
             shape = "x".join(map(str, row.shape))
             alike[
                 f"{row.module:<48} {kind:<8} {shape:<16} {row.r:>4} {row.scale:>9.4g}  {row.dtype}"

@@ -21,7 +21,17 @@ def cut_adapter(weights: AdapterWeights, cuts: Mapping[str, Cut]) -> AdapterWeig
     """The columns of A and the rows of B of this rank. Where rows of A are dealt out, A is left away:
     see `dealt_rows`."""
     experts = partial(own_experts, weights, cuts)
-    return _packed(weights, _own(weights, cuts), experts, weights.ref.max_r)
+    own = _packed(weights, _own(weights, cuts), experts, weights.ref.max_r)
+    return replace(own, affine=_own_affine(weights, cuts))
+
+
+def _own_affine(weights: AdapterWeights, cuts: Mapping[str, Cut]) -> dict[str, torch.Tensor]:
+    """Gains and shifts [2, out'] of what this rank puts out."""
+    found = {}
+    for name, vectors in weights.affine.items():
+        cut = cuts.get(name)
+        found[name] = vectors if cut is None else vectors[:, cut.output.slice]
+    return found
 
 
 def dealt_rows(weights: AdapterWeights, cuts: Mapping[str, Cut], rank: int) -> AdapterWeights:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import threading
 import time
@@ -32,7 +33,7 @@ from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
 from loramux.adapters.self_test import refuse_differing
 from loramux.adapters.spool import Spool
-from loramux.adapters.weights import AdapterSource, AdapterWeights
+from loramux.adapters.weights import AdapterSource, AdapterWeights, Vectors
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterLoadFailed, AdapterRejected, LoramuxError
 from loramux.schema import ModelSchema
@@ -81,17 +82,18 @@ class AdapterStore:
         reserved_names: list[str],
         on_gone: Callable[[str], None],
         on_pins: Callable[[Mapping[str, AdapterRef]], None] = lambda refs: None,
-        rehearse: Callable[[AdapterWeights], None] = lambda weights: None,
+        rehearse: Callable[[AdapterWeights], Vectors] = lambda weights: {},
         head_dtype: torch.dtype | None = None,
     ):
-        """`rehearse` raises when the device could not take a new adapter. `on_pins` is told, by digest,
-        which versions the device must keep, whenever that changes. `head_dtype` is the model's;
-        None: the same as the adapters' `dtype`."""
+        """`rehearse` raises when the device could not take a new adapter, and gives the gains and shifts
+        of its layers. `on_pins` is told, by digest, which versions the device must keep, whenever that
+        changes. `head_dtype` is the model's; None: the same as the adapters' `dtype`."""
         self._schema = schema
         self._config = config
         self._dtype = dtype
         self._head_dtype = head_dtype or dtype
         self._heads: dict[str, Head] = {}  # by digest
+        self._affines: dict[str, Vectors] = {}  # by digest: gains and shifts of those that have any
         self._on_gone = on_gone
         self._on_pins = on_pins
         self._rehearse = rehearse
@@ -163,7 +165,7 @@ class AdapterStore:
             weights = self._checker.submit(self._read, name, fetched).result()
             head = self._head_of(weights)
             with self._rehearsing:
-                self._rehearse(weights)
+                weights = dataclasses.replace(weights, affine=self._rehearse(weights))
             load_s = time.perf_counter() - start
             staged = _Staged(weights, head, load_s, claim.pop_all(), expected, pinned)
             self._staged[name] = staged
@@ -282,6 +284,8 @@ class AdapterStore:
         self._sources[digest] = staged.weights.source
         if staged.head is not None:
             self._heads[digest] = staged.head
+        if staged.weights.affine:
+            self._affines[digest] = staged.weights.affine
 
     def _keep_on_host(self, digest: str, weights: AdapterWeights) -> None:
         for other in self.host.put(digest, weights):
@@ -294,6 +298,7 @@ class AdapterStore:
                 self.host.drop(digest)
                 self._sources.pop(digest, None)
                 self._heads.pop(digest, None)
+                self._affines.pop(digest, None)
 
     def _adopt_folder(self, ref: AdapterRef) -> None:
         """A folder of ours goes with its version, or when the same version comes from another one."""
@@ -323,7 +328,9 @@ class AdapterStore:
             return cached
         start = time.perf_counter()
         ref = self.registry.version(ref.digest) or ref  # its newest source
+        affine = self._affines.get(ref.digest, {})
         weights = self._read_again(ref) or self._read_and_compare(ref)
+        weights = dataclasses.replace(weights, affine=affine)
         self._keep_on_host(ref.digest, weights)
         self._tell("host-loaded", ref.digest)
         self._forget_unless_served(ref.digest)
@@ -355,6 +362,7 @@ class AdapterStore:
         self.host.drop(digest)
         self._sources.pop(digest, None)
         self._heads.pop(digest, None)
+        self._affines.pop(digest, None)
         if (folder := self._spooled.pop(digest, None)) is not None:
             self._drop_folder(folder)
         self._on_gone(digest)

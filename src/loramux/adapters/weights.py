@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,9 @@ import torch
 from loramux.adapters.files import FileChanged, read_into
 from loramux.adapters.host_cache import HostMemory
 from loramux.types import AdapterRef
+
+Vectors = Mapping[str, torch.Tensor]
+"""Gains and shifts of modules: [2, out] each, on the CPU."""
 
 RACY_S = 2.0  # the coarsest clock of a file system in use
 
@@ -140,6 +143,21 @@ class StoredHead:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredVectors:
+    """What one linear layer has beside its factors, [1, out] each: DoRA's magnitude, the bias of lora_B,
+    and the bias that takes the place of the base model's."""
+
+    magnitude: Stored | None = None
+    lora_bias: Stored | None = None
+    bias: Stored | None = None
+
+    @property
+    def columns(self) -> int:
+        """out."""
+        return next(s.columns for s in (self.magnitude, self.lora_bias, self.bias) if s)
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What stands where. `runs` are (offset in the file, offset in the buffer, bytes); one is usual."""
 
@@ -147,6 +165,7 @@ class Layout:
     runs: tuple[tuple[int, int, int], ...]
     experts: dict[str, StoredExperts] = field(default_factory=dict)
     head: StoredHead | None = None
+    vectors: dict[str, StoredVectors] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -238,11 +257,14 @@ class LoRAPair:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One version of an adapter: its bytes, `buffer` [num_bytes] uint8 on the CPU, and its source."""
+    """One version of an adapter: its bytes, `buffer` [num_bytes] uint8 on the CPU, and its source.
+
+    `affine` has the gains and shifts of modules [2, out] on the CPU, once they have been worked out."""
 
     ref: AdapterRef
     buffer: torch.Tensor
     source: AdapterSource
+    affine: Vectors = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -251,7 +273,7 @@ class AdapterWeights:
     def from_origin(self, origin: str) -> AdapterWeights:
         """The same, as downloaded from `origin`."""
         source = replace(self.source, origin=origin)
-        return AdapterWeights(replace(self.ref, source=origin), self.buffer, source)
+        return replace(self, ref=replace(self.ref, source=origin), source=source)
 
     @cached_property
     def pairs(self) -> dict[str, LoRAPair]:

@@ -38,6 +38,7 @@ class ModelFacts:
     kv_bytes_per_token: int
     free_bytes: int  # that may be taken beside the weights, which are there already
     adapter_elements_per_row: int = 0  # A and B of one rank row, over all modules
+    adapter_outputs: int = 0  # output features of all modules that may have gains and shifts
     length_limit_reason: str = "the model's max_position_embeddings"
     total_bytes: int = 0  # of the GPU; 0 where there is none
     weight_bytes: int = 0

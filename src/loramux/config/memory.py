@@ -160,9 +160,12 @@ def default_kv_bytes(config: EngineConfig, facts: ModelFacts) -> int:
 
 
 def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
-    """Bytes of the rank-row pool: `max_loras * max_lora_rank` rows of every module."""
+    """Bytes of the rank-row pool: `max_loras * max_lora_rank` rows of every module, and places for
+    gains and shifts."""
     rows = pool_rows(lora, facts.row_granule)
-    return rows * facts.adapter_elements_per_row * _lora_itemsize(lora, facts)
+    places = ((rows - 1) >> affine_shift(lora, facts.row_granule)) + 1
+    elements = rows * facts.adapter_elements_per_row + 2 * places * facts.adapter_outputs
+    return elements * _lora_itemsize(lora, facts)
 
 
 def pool_rows(lora: LoRAConfig, granule: int = 1) -> int:
@@ -174,6 +177,13 @@ def pool_rows(lora: LoRAConfig, granule: int = 1) -> int:
 def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
     """Rank rows of the pool that the largest adapter takes."""
     return lora.max_lora_rank + -lora.max_lora_rank % granule
+
+
+def affine_shift(lora: LoRAConfig, granule: int = 1) -> int:
+    """log2 of the pool rows that share a place for gains and shifts: 16, where so many divide the rows
+    of the largest adapter."""
+    rows = pool_rank(lora, granule)
+    return (min(ROW_STEP, rows & -rows)).bit_length() - 1
 
 
 def _encoder_bytes(config: EngineConfig, facts: ModelFacts) -> int:

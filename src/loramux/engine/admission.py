@@ -18,6 +18,7 @@ from loramux.types import (
     PoolingParams,
     Request,
     SamplingParams,
+    compose,
 )
 
 Acquired = tuple[tuple[AdapterRef, float], ...]
@@ -37,6 +38,7 @@ class Admission:
         assert config.max_model_len is not None
         self._max_model_len = config.max_model_len
         self._max_loras = config.lora.max_loras if config.lora else 0
+        self._sums_early = config.row_granule > 1
         self._store = store
         self._vocab_size = vocab_size
         self._pooling = pooling
@@ -64,6 +66,7 @@ class Admission:
         acquired = self._acquire(uses)
         try:
             self._pooling.check(pooling, acquired)
+            self._check_affine(acquired)
         except Exception:
             self.release(acquired)
             raise
@@ -74,6 +77,27 @@ class Admission:
         """Count one user less of each adapter."""
         if self._store is not None and acquired:
             self._store.registry.release([ref.digest for ref, _ in acquired])
+
+    def _check_affine(self, acquired: Acquired) -> None:
+        """Raise InvalidField for what adapters with DoRA or trained biases cannot do."""
+        refs = {ref.digest: ref for ref, _ in acquired}
+        if not any(ref.affine for ref in refs.values()):
+            return
+        members = compose([(ref.digest, scale) for ref, scale in acquired], in_turn=True)
+        for digest, scale in members:
+            if refs[digest].affine and scale != 1.0:
+                raise InvalidField(
+                    f"adapter {refs[digest].name!r} has DoRA or trained biases, which are not linear in "
+                    f"its scale: {scale:g} is not served",
+                    field="lora",
+                    remedy="leave its scale at 1",
+                )
+        if self._sums_early and any(refs[digest].affine for digest, _ in members[:-1]):
+            raise InvalidField(
+                "with fully_sharded_loras an adapter with DoRA or trained biases must be the last of a "
+                "sum: deltas are added before the ranks' sums, and its gains behind them",
+                field="lora",
+            )
 
     def _acquire(self, uses: Sequence[AdapterUse]) -> Acquired:
         if not uses:

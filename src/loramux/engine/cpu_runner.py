@@ -92,7 +92,7 @@ class CpuRunner(Runner):
         if media is not None and media.last_keys is not None:
             batch.attention = dataclasses.replace(batch.attention, last_keys=media.last_keys)
         if self._deal > 1:
-            batch.lora = lora_step(plan.rows, self._rank_rows, self._deal)
+            batch.lora = lora_step(plan.rows, self._rank_rows, self._affine_rows, self._deal)
         else:
             batch.segments = self._segments(plan.rows)
 
@@ -182,6 +182,7 @@ class CpuRunner(Runner):
             member_rows=self._tensor([row for row, _ in flat], torch.int32),  # [M]
             member_scales=self._tensor([scale for _, scale in flat], torch.float32),  # [M]
             num_segments=len(runs),
+            affine_rows=frozenset(row for row, _ in flat if row in self._affine_rows),
         )
 
 

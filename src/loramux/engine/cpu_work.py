@@ -6,21 +6,24 @@ comes between the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 
 from loramux.engine.plan import Row
-from loramux.kernels import WorkList
+from loramux.kernels import AFFINE, WorkList
 from loramux.layers.batch import LoRAStep
-from loramux.layers.sharded import deal_out
+from loramux.layers.sharded import deal_out, parted
 
 
-def lora_step(rows: Sequence[Row], rank_rows: Mapping[int, int], deal: int) -> LoRAStep | None:
+def lora_step(
+    rows: Sequence[Row], rank_rows: Mapping[int, int], affine_rows: Set[int], deal: int
+) -> LoRAStep | None:
     """The step's adapters, a chunk for each of `rows` that has any; None where none has.
 
-    `rank_rows` maps an adapter's first pool row to its rank rows; pool rows are multiples of `deal`,
-    and so are the columns in which a member's activations stand."""
+    `rank_rows` maps an adapter's first pool row to its rank rows, `affine_rows` has those of adapters
+    with gains and shifts; pool rows are multiples of `deal`, and so are the columns in which a member's
+    activations stand."""
     chunks: list[list[int]] = []
     members: list[tuple[int, int, float, int]] = []  # row, column, scale, rank rows
     width = token = 0
@@ -30,7 +33,7 @@ def lora_step(rows: Sequence[Row], rank_rows: Mapping[int, int], deal: int) -> L
             first, column = len(members), 0
             for place, scale in row.members:
                 r = rank_rows[place]
-                members.append((place, column, scale, r))
+                members.append((place, column, scale, r + (AFFINE if place in affine_rows else 0)))
                 column += r + -r % deal
             width = max(width, column)
             chunks.append([token, end, first, len(members), *_first(members[first])])
@@ -48,7 +51,8 @@ def lora_step(rows: Sequence[Row], rank_rows: Mapping[int, int], deal: int) -> L
         rows_per_chunk=64,
         max_chunks=len(chunks),
     )
-    return LoRAStep(work, 0, width, dealt=deal_out(work, deal))
+    deltas, affine = parted(work)
+    return LoRAStep(work, 0, width, dealt=deal_out(work, deal), deltas=deltas, affine=affine)
 
 
 def _first(member: tuple[int, int, float, int]) -> tuple[int, int, int, int]:

@@ -60,15 +60,22 @@ class DeviceLoader:
 
     @torch.inference_mode()
     def load(
-        self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None = None
+        self,
+        load: AdapterLoad,
+        weights: AdapterWeights,
+        after: torch.cuda.Event | None = None,
+        affine: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
-        """Write `weights` into the rows of `load`; they are there when this returns.
+        """Write `weights` into the rows of `load`, and gains and shifts `affine`, (where, what) each;
+        they are there when this returns.
 
         `after` is the event of the newest step that reads what stood there, if one still may.
         Raises AdapterLoadFailed when the GPU has no memory for it.
         """
         with self._ours(load.ref.name):
             self._queue(load, weights, after)
+            for place, vectors in affine:
+                place.copy_(vectors, non_blocking=True)
             self._done.record(self._stream)
             self._done.synchronize()
 

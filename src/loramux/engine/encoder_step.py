@@ -6,7 +6,7 @@ plan.forget ── plan.encode, in batches ── overlay of the rows' embedding
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +40,21 @@ class EncoderStep:
     All of it is queued on the stream of the steps, so what a step forgets may still be read by the
     step before."""
 
-    def __init__(self, towers: Towers, ranks: Mapping[int, int], *, sees_whole: bool = False):
-        """`ranks`: rank rows of the adapter at a first pool row; looked at in every step. `sees_whole`:
-        tokens of an image see all of it."""
+    def __init__(
+        self,
+        towers: Towers,
+        ranks: Mapping[int, int],
+        affine_rows: Set[int] = frozenset(),
+        *,
+        sees_whole: bool = False,
+    ):
+        """`ranks`: rank rows of the adapter at a first pool row, `affine_rows`: those of adapters with
+        gains and shifts; both are looked at in every step. `sees_whole`: tokens of an image see all
+        of it."""
         self.sees_whole = sees_whole
         self._towers = towers
         self._ranks = ranks
+        self._affine_rows = affine_rows
         self._vectors: dict[str, torch.Tensor] = {}
         self._failed: dict[str, Exception] = {}  # until the scheduler lets it be forgotten
 
@@ -94,7 +103,9 @@ class EncoderStep:
     def _lora(self, members: tuple[tuple[int, float], ...]) -> UniformLoRA | None:
         if not members:
             return None
-        return UniformLoRA(members, tuple(self._ranks[row] for row, _ in members))
+        rows = [row for row, _ in members]
+        affine = frozenset(row for row in rows if row in self._affine_rows)
+        return UniformLoRA(members, tuple(self._ranks[row] for row in rows), affine)
 
     def media(self, rows: Sequence[Row], device: torch.device) -> StepMedia | None:
         """What media stand in `rows`, in the order of the step."""

@@ -167,7 +167,7 @@ class Follower:
                 raise EngineStopped("the rank is leaving")
             self._writing_since = time.monotonic()
             buffer = from_file(file, message.num_bytes)  # [bytes] uint8
-            weights = AdapterWeights(message.load.ref, buffer, message.source)
+            weights = AdapterWeights(message.load.ref, buffer, message.source, message.affine)
             if message.rehearsal:
                 runner.rehearse(weights)
             else:

@@ -47,7 +47,7 @@ from loramux.engine.tuning import load_costs
 from loramux.engine.warm_up import StepLimits, places, warm_up, whole_row
 from loramux.kernels import AttentionBatch, take_tokens
 from loramux.layers.batch import LoRAStep, Overlay
-from loramux.layers.sharded import deal_out
+from loramux.layers.sharded import deal_out, parted
 from loramux.layers.tower import TowerLinear
 from loramux.models.attach import Attached
 
@@ -154,6 +154,7 @@ class GpuRunner(Runner):
             previous=self._previous,
             columns=choice.columns if choice else {},
             ranks=self._ranks,
+            affine_rows=self._affine_rows,
             rows_per_chunk=rows_per_chunk,
             pad_to=pad_to,
             decodes=decodes,
@@ -377,8 +378,8 @@ class GpuRunner(Runner):
     ) -> LoRAStep:
         """`members`: how many the step has, where that is known; experts' work depends on it."""
         work = packed.work(chunks, rows_per_chunk, members)
-        dealt = deal_out(work, self._deal) if self._deal > 1 else None
-        return LoRAStep(work, base_rows, width, self._lora_stream, dealt)
+        parts = (deal_out(work, self._deal), *parted(work)) if self._deal > 1 else ()
+        return LoRAStep(work, base_rows, width, self._lora_stream, *parts)
 
     # --- making --------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from loramux.adapters.weights import AdapterWeights
+from loramux.adapters.weights import AdapterWeights, Vectors
 from loramux.config import EngineConfig, ModelFacts, resolve
 from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
 from loramux.engine.runner import Runner, Running
@@ -76,10 +76,15 @@ class LeadingRunner:
         """See `Runner.load`: on every rank, or the error of one that could not."""
         self._team.load(load, weights, partial(self._runner.load, load, weights))
 
-    def rehearse(self, weights: AdapterWeights) -> None:
-        """See `Runner.rehearse`: on every rank, or the error of one that could not."""
-        load = AdapterLoad(weights.ref, 0)
-        self._team.load(load, weights, partial(self._runner.rehearse, weights), rehearsal=True)
+    def rehearse(self, weights: AdapterWeights) -> Vectors:
+        """See `Runner.rehearse`: on every rank, or the error of one that could not. One at a time."""
+        found: dict[str, torch.Tensor] = {}
+
+        def own() -> None:
+            found.update(self._runner.rehearse(weights))
+
+        self._team.load(AdapterLoad(weights.ref, 0), weights, own, rehearsal=True)
+        return found
 
     def close(self) -> None:
         """Of this rank; the others leave when `Team.close` tells them to."""

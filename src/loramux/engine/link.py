@@ -14,12 +14,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from loramux.adapters.weights import AdapterSource
+from loramux.adapters.weights import AdapterSource, Vectors
 from loramux.config import EngineConfig, ModelFacts
 from loramux.engine.plan import AdapterLoad
 
@@ -61,6 +61,7 @@ class Load:
     source: AdapterSource
     num_bytes: int
     rehearsal: bool  # write nothing
+    affine: Vectors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

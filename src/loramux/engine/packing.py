@@ -8,7 +8,7 @@ on its way while the next step is written) and on the device, where captured gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,7 +17,7 @@ import torch
 
 from loramux.config.graphs import LARGEST
 from loramux.engine.plan import PENDING, Row
-from loramux.kernels import WorkList
+from loramux.kernels import AFFINE, WorkList
 
 Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
@@ -201,6 +201,7 @@ def fill(
     previous: Mapping[int, int],
     columns: Mapping[Members, Sequence[int]],
     ranks: Mapping[int, int],
+    affine_rows: Set[int] = frozenset(),
     rows_per_chunk: int,
     pad_to: int = 0,
     decodes: int = 0,
@@ -208,7 +209,8 @@ def fill(
     """Write a step into `host`.
 
     `previous` says where in the step before a sequence's token was chosen, `columns` where in `h`
-    the members of a composition stand, `ranks` how many rank rows the adapter of a pool row has.
+    the members of a composition stand, `ranks` how many rank rows the adapter of a pool row has,
+    `affine_rows` the pool rows of adapters that have gains and shifts.
     Rows up to `pad_to` are filled with tokens that write nothing and attend to one position of
     block 0. `prefill_starts` counts from behind the first `decodes` rows, of one token each.
     """
@@ -218,7 +220,7 @@ def fill(
     rest = arrays["query_starts"][decodes : len(rows) + 1]
     arrays["prefill_starts"][: len(rest)] = rest - decodes
     runs = runs_of(rows)
-    chunks = _fill_chunks(arrays, runs, columns, ranks, rows_per_chunk)
+    chunks = _fill_chunks(arrays, runs, columns, ranks, affine_rows, rows_per_chunk)
     # A captured graph looks at as many as it has rows.
     arrays["chunks"][CHUNK_WORDS * chunks : CHUNK_WORDS * pad_to] = 0
     pages = int(arrays["page_starts"][len(rows)])
@@ -296,6 +298,7 @@ def _fill_chunks(
     runs: list[Run],
     columns: Mapping[Members, Sequence[int]],
     ranks: Mapping[int, int],
+    affine_rows: Set[int],
     rows_per_chunk: int,
 ) -> int:
     """The work list, see `WorkList`; how many chunks it has. Runs of the base model come first."""
@@ -307,7 +310,8 @@ def _fill_chunks(
         cuts = range(run.start, run.end, rows_per_chunk)
         first = len(members)
         for (row, scale), column in zip(run.members, columns.get(run.members, ()), strict=True):
-            members.append((row, column, scale, ranks[row]))
+            flag = AFFINE if row in affine_rows else 0
+            members.append((row, column, scale, ranks[row] + flag))
         stop = len(members)
         chunks += [(cut, min(cut + rows_per_chunk, run.end), first, stop) for cut in cuts]
         if run.members:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from loramux.adapters.shards import cut_adapter, dealt_rows
-from loramux.adapters.weights import AdapterWeights, StoredExperts
+from loramux.adapters.weights import AdapterWeights, StoredExperts, Vectors
 from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
-from loramux.config.memory import pool_rows
+from loramux.config.memory import affine_shift, pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
+from loramux.engine.affine import Affines
 from loramux.engine.encoder_step import EncoderStep, StepMedia
 from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
 from loramux.engine.reading import Reading
@@ -23,6 +24,8 @@ from loramux.errors import ConfigError
 from loramux.kernels import LoRASite
 from loramux.layers.dealt import dealt_sites
 from loramux.layers.experts import own_sites
+from loramux.layers.linear import MergedLinear
+from loramux.layers.sharded import ShardedLinear
 from loramux.models.attach import Attached
 from loramux.models.device_memory import refused_when_full
 
@@ -63,6 +66,8 @@ class Runner(ABC):
         self.run_ahead = bool(config.async_scheduling)
         self.group = attached.group
         self._deal = config.row_granule
+        self._affine_rows: set[int] = set()  # first pool rows of adapters with gains and shifts
+        self._affines: Affines | None = None
         self._device = attached.device
         self._sees_whole = facts.encoder is not None and facts.encoder.sees_whole
         dtype = getattr(torch, facts.dtype)
@@ -83,9 +88,11 @@ class Runner(ABC):
         if config.lora is not None:
             rows = pool_rows(config.lora, config.row_granule)
             lora_dtype = getattr(torch, config.lora.lora_dtype)
+            shift = self._affine_shift = affine_shift(config.lora, config.row_granule)
+            self._affines = Affines(self.attached, lora_dtype, self.group.beside)
             under = self.extends_products and lora_dtype == dtype and self._deal == 1
             for site in self.attached.sites:
-                site.attach_site(rows, lora_dtype, under_weight=under)
+                site.attach_site(rows, lora_dtype, under_weight=under, affine_shift=shift)
             for experts in self.attached.experts:
                 experts.attach_sites(rows, lora_dtype)
 
@@ -106,7 +113,11 @@ class Runner(ABC):
         """`ranks`: first pool row -> rank rows of the adapter there, as it changes."""
         towers = self.attached.towers
         whole = self._sees_whole
-        return None if towers is None else EncoderStep(towers, ranks, sees_whole=whole)
+        return (
+            None
+            if towers is None
+            else EncoderStep(towers, ranks, self._affine_rows, sees_whole=whole)
+        )
 
     def _place(self, media: StepMedia) -> torch.Tensor | None:
         """Where the step's tokens stand, if media count positions in three dimensions: [T] for the fused
@@ -131,6 +142,11 @@ class Runner(ABC):
         """
         own, dealt = self._parts(weights)
         reading, rows = self.reading, self._rows_of(load)
+        if load.ref.affine:
+            rows += -rows % (1 << self._affine_shift)  # it has whole places
+            self._affine_rows.add(load.first_row)
+        else:
+            self._affine_rows.discard(load.first_row)
         after = None if reading is None else reading.until(load.first_row, rows)
         self._write(self._loader, self._sites, load, own, after)
         if dealt is not None:
@@ -144,14 +160,19 @@ class Runner(ABC):
         """Rank rows of the pool that an adapter takes."""
         return load.ref.max_r + -load.ref.max_r % self._deal
 
-    def rehearse(self, weights: AdapterWeights) -> None:
-        """All of a load that can fail, but the writing, before an adapter is served at all.
+    @torch.inference_mode()
+    def rehearse(self, weights: AdapterWeights) -> Vectors:
+        """All of a load that can fail, but the writing, before an adapter is served at all. Returns its
+        gains and shifts, which `load` wants with the weights.
 
         Raises AdapterLoadFailed as `load` does."""
+        assert self._affines is not None, "an adapter without a pool. This is a bug."
+        affine = self._affines.of(weights)  # first: the ranks meet there
         own, dealt = self._parts(weights)
         for loader, part in ((self._loader, own), (self._dealt_loader, dealt)):
             if loader is not None and part is not None:
                 loader.rehearse(part)
+        return affine
 
     def _parts(self, weights: AdapterWeights) -> tuple[AdapterWeights, AdapterWeights | None]:
         """What this rank holds of an adapter; and, where they are dealt out, of the rows of A."""
@@ -169,9 +190,12 @@ class Runner(ABC):
         weights: AdapterWeights,
         after: torch.cuda.Event | None,
     ) -> None:
+        affine = list(self._affine_places(load, weights))
         if loader is not None:
-            loader.load(load, weights, after=after)
+            loader.load(load, weights, after=after, affine=affine)
             return
+        for place, vectors in affine:
+            place.copy_(vectors)
         rows = slice(load.first_row, load.first_row + weights.ref.max_r)
         first = load.first_row
         for site in sites:
@@ -187,6 +211,33 @@ class Runner(ABC):
         for name, stored in weights.layout.experts.items():
             spec = self.attached.schema.modules[name]
             _write_experts(sites[spec.site], spec.slice_index, stored, weights.buffer, first)
+
+    def _affine_places(
+        self, load: AdapterLoad, weights: AdapterWeights
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where in the pool the gains and shifts of an adapter belong, and what: [2, N] each."""
+        if not weights.affine:
+            return
+        modules = self.attached.schema.modules
+        by_site: dict[int, list[str]] = {}
+        for name in weights.affine:
+            by_site.setdefault(modules[name].site, []).append(name)
+        place = load.first_row >> self._affine_shift
+        for site, merged in enumerate(self.attached.sites):
+            assert merged.affine is not None
+            vectors = torch.zeros(2, merged.out_features, dtype=merged.affine.dtype)  # [2, N]
+            for name in by_site.get(site, ()):
+                index = modules[name].slice_index
+                vectors[:, merged.starts[index] : merged.starts[index + 1]] = weights.affine[name]
+            if not self._shifts(merged):
+                vectors[1] = 0
+            yield merged.affine[:, place], vectors
+
+    def _shifts(self, merged: MergedLinear) -> bool:
+        """Whether this rank shifts the layer's outputs. Packed weights take deltas into the partial sums
+        of a row layer, and of a sum a shift counts once."""
+        partial = isinstance(merged, ShardedLinear) and merged.kind == "row" and self._deal == 1
+        return not (partial and merged.is_packed) or self.group.rank == 0
 
     def _make_loader(self, sites: Sequence[LoRASite]) -> DeviceLoader | None:
         """What brings adapters to a GPU beside the steps; None on a CPU, or without adapters."""

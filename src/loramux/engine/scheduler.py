@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from loramux.adapters.pool import AdapterPool
 from loramux.config import EngineConfig
 from loramux.config.facts import EncoderFacts
+from loramux.config.memory import affine_shift
 from loramux.engine.blocks import BlockPool
 from loramux.engine.encoder_cache import EncoderCache
 from loramux.engine.media_plan import MediaPlanner
@@ -388,7 +389,10 @@ def make_scheduler(
     )
     lora = config.lora
     granule = config.row_granule
-    pool = AdapterPool(lora.max_loras, lora.max_lora_rank, granule) if lora else None
+    pool = None
+    if lora is not None:
+        rows = 1 << affine_shift(lora, granule)
+        pool = AdapterPool(lora.max_loras, lora.max_lora_rank, granule, affine_rows=rows)
     room = config.encoder_cache_tokens
     cache = EncoderCache(room, limits.max_num_batched_tokens) if room else None
     return Scheduler(limits, blocks, pool, cache)

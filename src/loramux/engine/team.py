@@ -169,7 +169,7 @@ class Team:
         try:
             with in_file(weights.buffer) as file:
                 size = weights.buffer.numel()
-                message = Load(number, load, weights.source, size, rehearsal)
+                message = Load(number, load, weights.source, size, rehearsal, weights.affine)
                 self.send(message, file)
             try:
                 own()

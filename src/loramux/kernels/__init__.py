@@ -21,6 +21,8 @@ Set LORAMUX_CPU_KERNELS=reference to run the twins on the CPU.
 from __future__ import annotations
 
 from loramux.kernels.arguments import (
+    AFFINE,
+    ONE_PLACE,
     Activation,
     AttentionBatch,
     Expand,
@@ -54,6 +56,8 @@ from loramux.kernels.dispatch import (
 from loramux.kernels.packed_linear import PackedLinear
 
 __all__ = [
+    "AFFINE",
+    "ONE_PLACE",
     "OPS",
     "Activation",
     "AttentionBatch",

@@ -20,6 +20,13 @@ Activation = Literal["silu", "gelu_tanh"]
 """What a gated MLP does to its gate."""
 
 
+AFFINE = 1 << 16
+"""In `WorkList.member_ranks`: the adapter has gains and shifts, see `LoRASite.affine`."""
+
+ONE_PLACE = 30
+"""`LoRASite.affine_shift` where all rows of the pool share one place, which holds zeros."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LoRASite:
     """The adapter pool as one (merged) linear layer sees it: `S` slices share the input.
@@ -47,22 +54,34 @@ class LoRASite:
     experts: int = 1
     """R is so many times a pool: row k of the pool is, for expert e, row e * (R // experts) + k."""
 
+    affine: torch.Tensor = None  # type: ignore[assignment]
+    """[2, P, N], contiguous, dtype of `a`: in place p >> `affine_shift` of an adapter with first row p
+    what is done to the layer's output once its delta is in it: y + y * affine[0] + affine[1]. That is
+    how DoRA's norms and trained biases are served. Left away: zeros, in one place for all."""
+
+    affine_shift: int = ONE_PLACE
+
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         slices, rows, _ = self.a.shape
         width = self.slice_starts[-1]
+        if self.affine is None:
+            object.__setattr__(self, "affine", self.b.new_zeros(2, 1, width))
         expected = {
             "b": (self.b, (rows, width), self.a.dtype),
             "row_r": (self.row_r, (slices, rows), torch.int32),
             "row_scale": (self.row_scale, (slices, rows), torch.float32),
             "a": (self.a, tuple(self.a.shape), self.a.dtype),
+            "affine": (self.affine, (2, self.affine.shape[1], width), self.a.dtype),
         }
         for name, (tensor, shape, dtype) in expected.items():
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.stride(-1) != 1:
                 raise ValueError(f"LoRASite.{name} must be a {shape} of {dtype} in rows")
-            if name != "a" and not tensor.is_contiguous():
+            if name not in ("a", "b") and not tensor.is_contiguous():
                 raise ValueError(f"LoRASite.{name} must be contiguous")
+        if not (self.b.is_contiguous() or self.b.stride(0) == 0):  # no rows that anybody reads
+            raise ValueError("LoRASite.b must be contiguous")
         starts = self.slice_starts
         if len(starts) != slices + 1 or starts[0] != 0 or list(starts) != sorted(starts):
             raise ValueError(f"slice_starts {starts} do not cut {width} columns in {slices}")
@@ -98,6 +117,9 @@ class Segments:
     num_segments: int
     """G; with 0 an op returns without looking at the tensors."""
 
+    affine_rows: frozenset[int] = frozenset()
+    """Those of `member_rows` whose adapters have gains and shifts, see `LoRASite.affine`."""
+
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -129,7 +151,8 @@ class WorkList:
     """[M] float32: the request's own factor, on top of `LoRASite.row_scale`."""
 
     member_ranks: torch.Tensor
-    """[M] int32: rank rows of each member's adapter, its largest rank in any module."""
+    """[M] int32: rank rows of each member's adapter, its largest rank in any module; plus `AFFINE`
+    where it has gains and shifts."""
 
     rows_per_chunk: int
     """Rows of the largest chunk: 8, 16 or 64."""
@@ -170,7 +193,8 @@ class Expand:
     """A LoRA delta that has been shrunk and not yet added: an op folds it into its own pass.
 
     The delta of row t is the sum over its members of member_scale * row_scale[s, p] times
-    h[t] @ b[p:p+r, columns of s], with r = row_r[s, p].
+    h[t] @ b[p:p+r, columns of s], with r = row_r[s, p]. A member with gains and shifts does to the
+    output, all deltas up to its own included, what `LoRASite.affine` says, one after the other.
     """
 
     site: LoRASite

@@ -7,6 +7,7 @@ leaves it in the `notes` of its argument object. Inputs that the C++ does not ta
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -129,7 +130,9 @@ def _segments(segments: Segments) -> ctypes.c_void_p:
 def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments) -> None:
     """See `loramux.kernels.lora_delta`: `y` [T, N] += deltas from `x` [T, in]."""
     if segments.num_segments == 0:
-        return
+        return None
+    if segments.affine_rows:
+        return _delta_in_turn(y, x, site, segments)
     dtype, address = DTYPES.get(y.dtype), _site(site)
     x_stride, x_step = x.stride()
     y_stride, y_step = y.stride()
@@ -147,6 +150,36 @@ def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segme
     ):
         raise ValueError("lora_delta: a segment points outside the tokens or the pool")
     return None
+
+
+def _delta_in_turn(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segments) -> None:
+    """`lora_delta` where some adapters have gains and shifts, which come after the deltas before them:
+    member by member."""
+    if "turns" not in segments.notes:
+        segments.notes["turns"] = list(_turns(segments))
+    for one, start, end, p in segments.notes["turns"]:
+        lora_delta(y, x, site, one)
+        if p is not None:
+            gain, shift = reference.gain_and_shift(site, p, y.dtype)  # [N] each
+            rows = y[start:end]  # [t, N]
+            rows += rows * gain + shift
+
+
+def _turns(segments: Segments) -> Iterator[tuple[Segments, int, int, int | None]]:
+    """Segments of one member each, their rows, and the pool row of a member with gains and shifts."""
+    offsets, rows = segments.member_offsets.tolist(), segments.member_rows.tolist()
+    spans = zip(segments.starts.tolist(), segments.ends.tolist(), strict=True)
+    for g, (start, end) in enumerate(spans):
+        for m in range(offsets[g], offsets[g + 1] if start < end else offsets[g]):
+            one = Segments(
+                starts=segments.starts[g : g + 1],  # [1]
+                ends=segments.ends[g : g + 1],  # [1]
+                member_offsets=torch.tensor([0, 1], dtype=torch.int32),  # [2]
+                member_rows=segments.member_rows[m : m + 1],  # [1]
+                member_scales=segments.member_scales[m : m + 1],  # [1]
+                num_segments=1,
+            )
+            yield one, start, end, rows[m] if rows[m] in segments.affine_rows else None
 
 
 def _is_paged(cache: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from loramux.kernels.arguments import (
+    AFFINE,
     Activation,
     AttentionBatch,
     Expand,
@@ -67,6 +68,9 @@ def lora_delta(y: torch.Tensor, x: torch.Tensor, site: LoRASite, segments: Segme
                 factor, r = scales[m] * row_scales[s][p], ranks[s][p]
                 if r:
                     total += _member_delta(inputs, site, s, p, r) * factor  # [t, N]
+            if p in segments.affine_rows:
+                gain, shift = gain_and_shift(site, p, total.dtype)  # [N] each
+                total += total * gain + shift  # [t, N]
         y[start:end] = total.to(y.dtype)  # [t, N]
 
 
@@ -78,15 +82,22 @@ def _member_delta(x: torch.Tensor, site: LoRASite, s: int, p: int, r: int) -> to
     return F.pad(grown, (lo, site.slice_starts[-1] - hi))  # [t, N]
 
 
-def _members(work: WorkList) -> list[tuple[int, int, int, int, float]]:
-    """(first row, end row, pool row, column, scale) of every member of every chunk in use.
+def gain_and_shift(site: LoRASite, p: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the adapter in row `p`: [N] each, in `dtype`."""
+    gain, shift = site.affine[:, p >> site.affine_shift].to(dtype)  # [N], [N]
+    return gain, shift
+
+
+def _members(work: WorkList) -> list[tuple[int, int, int, int, float, bool]]:
+    """(first row, end row, pool row, column, scale, has gains and shifts) of every member of every
+    chunk in use.
 
     The chunk says its first member's pool row, and the others are moved with it."""
     chunks = work.chunks[: int(work.counts[1])].tolist()
     rows, columns = work.member_rows.tolist(), work.member_columns.tolist()
-    scales = work.member_scales.tolist()
+    scales, ranks = work.member_scales.tolist(), work.member_ranks.tolist()
     return [
-        (first, end, p + rows[m] - rows[start], columns[m], scales[m])
+        (first, end, p + rows[m] - rows[start], columns[m], scales[m], ranks[m] >= AFFINE)
         for first, end, start, stop, p, *_ in chunks
         for m in range(start, stop)
     ]
@@ -106,7 +117,7 @@ def lora_shrink(
     if order is not None:
         x = take_rows(x, order, top_k)  # [S, in]
     ranks = site.row_r.tolist()
-    for first, end, p, column, _ in _members(work):
+    for first, end, p, column, _, _ in _members(work):
         for s in range(site.num_slices):
             r = ranks[s][p]
             start, stop = column * site.num_slices + s, (column + r) * site.num_slices
@@ -118,8 +129,8 @@ def lora_shrink(
 
 def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     """Add the deltas to `y` [T, N] in place; rows without members keep their bits."""
-    delta, touched = _expanded(expand, y)  # [T, N], [T]
-    y[touched] = (_wide(y[touched]) + delta[touched]).to(y.dtype)
+    whole, touched = _expanded(expand, y)  # [T, N], [T]
+    y[touched] = whole[touched].to(y.dtype)
 
 
 def grouped_linear(
@@ -134,13 +145,13 @@ def grouped_linear(
 
 
 def _expanded(expand: Expand, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(deltas [T, N] in wide arithmetic, which rows have any [T])."""
+    """(`like` [T, N] with the deltas in wide arithmetic, which rows have any [T])."""
     site, count = expand.site, expand.site.num_slices
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    delta = torch.zeros(like.shape, dtype=wide, device=like.device)  # [T, N]
+    whole = _wide(like).clone()  # [T, N]
+    wide = whole.dtype
     touched = torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)  # [T]
     ranks, row_scales = site.row_r.tolist(), site.row_scale.tolist()
-    for first, end, p, column, scale in _members(expand.work):
+    for first, end, p, column, scale, affine in _members(expand.work):
         touched[first:end] = True
         for s in range(count):
             if (r := ranks[s][p]) == 0:
@@ -149,13 +160,16 @@ def _expanded(expand: Expand, like: torch.Tensor) -> tuple[torch.Tensor, torch.T
             start, stop = column * count + s, (column + r) * count
             h = expand.h[:, first:end, start:stop:count].to(wide).sum(0)  # [t, r]
             grown = h.to(site.b.dtype).to(wide) @ site.b[p : p + r, lo:hi].to(wide)
-            delta[first:end, lo:hi] += grown * (scale * row_scales[s][p])  # [t, hi - lo]
-    return delta, touched
+            whole[first:end, lo:hi] += grown * (scale * row_scales[s][p])  # [t, hi - lo]
+        if affine:
+            gain, shift = gain_and_shift(site, p, wide)  # [N] each
+            whole[first:end] += whole[first:end] * gain + shift  # [t, N]
+    return whole, touched
 
 
 def _with_expand(x: torch.Tensor, expand: Expand | None) -> torch.Tensor:
     """`x` [T, N] with the delta added, not yet rounded; `x` itself where there is none."""
-    return x if expand is None else _wide(x) + _expanded(expand, x)[0]
+    return x if expand is None else _expanded(expand, x)[0]
 
 
 def write_kv(

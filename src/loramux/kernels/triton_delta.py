@@ -16,10 +16,12 @@ import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from loramux.kernels.arguments import Expand, LoRASite, WorkList
+from loramux.kernels.arguments import AFFINE, Expand, LoRASite, WorkList
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton runs in Python, where bf16 products are wrong and casts to bf16 cut off."""
+
+FLAG = tl.constexpr(AFFINE)
 
 MATRIX_ROWS = 16
 """Rows that a matrix product has at least."""
@@ -66,6 +68,9 @@ class Lora(NamedTuple):
     member_columns: torch.Tensor  # [M]
     member_scales: torch.Tensor  # [M]
     member_ranks: torch.Tensor  # [M]
+    affine: torch.Tensor  # [2, P, N]
+    affine_stride: int  # from gains to shifts
+    affine_shift: int
 
 
 def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Lora:
@@ -84,6 +89,9 @@ def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Lora:
         work.member_columns,
         work.member_scales,
         work.member_ranks,
+        site.affine,
+        site.affine.stride(0),
+        site.affine_shift,
     )
 
 
@@ -130,12 +138,13 @@ def product(left, right):
 @triton.jit
 def chunk_of(lora, index):
     """Chunk `index`: first row, end row, first member, end member, and of the first member its pool
-    row, column, scale and rank rows."""
+    row, column, scale, rank rows, and whether it has gains and shifts."""
     at = lora.chunks + index * 8
     scale = tl.load(at + 6).to(tl.float32, bitcast=True)
+    word = tl.load(at + 7)
     return (
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
-        tl.load(at + 5), scale, tl.load(at + 7),
+        tl.load(at + 5), scale, word % FLAG, word >= FLAG,
     )  # fmt: skip
 
 
@@ -150,17 +159,20 @@ def chunk_and_end(lora, item, TILES: tl.constexpr):
 
 @triton.jit
 def member_after(lora, p, member, stop):
-    """(pool row, column, scale, rank rows) of the member after `member`, whose pool row is `p`.
+    """(pool row, column, scale, rank rows, whether it has gains and shifts) of the member after
+    `member`, whose pool row is `p`.
 
     An expert's chunk has moved all its members, so the lists only say how far they are apart.
     Nothing is loaded after the last member, and nobody looks at what comes back."""
     more = member + 1 < stop
     here = tl.load(lora.member_rows + member, mask=more, other=0)
+    word = tl.load(lora.member_ranks + member + 1, mask=more, other=0)
     return (
         p + tl.load(lora.member_rows + member + 1, mask=more, other=0) - here,
         tl.load(lora.member_columns + member + 1, mask=more, other=0),
         tl.load(lora.member_scales + member + 1, mask=more, other=0.0),
-        tl.load(lora.member_ranks + member + 1, mask=more, other=0),
+        word % FLAG,
+        word >= FLAG,
     )
 
 
@@ -227,23 +239,42 @@ def b_tile(lora, p, ranks, bound, r, columns, own, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def gain_and_shift(lora, p, columns, own, WIDTH: tl.constexpr):
+    """What the adapter in row `p` does to the output at `columns`: [COLS] float32 each, zeros where
+    not `own`."""
+    at = lora.affine + (p >> lora.affine_shift).to(tl.int64) * WIDTH + columns
+    gain = tl.load(at, mask=own, other=0.0).to(tl.float32)
+    shift = tl.load(at + lora.affine_stride, mask=own, other=0.0).to(tl.float32)
+    return gain, shift
+
+
+@triton.jit
+def with_delta(value, gain, delta):
+    """The output `value` [ROWS, COLS] float32 with what `chunk_delta` or `tile_delta` found."""
+    return value + (value * gain[None, :] + delta)
+
+
+@triton.jit
 def chunk_delta(
     lora, chunk, rows, row_mask, low, columns, column_mask,
     STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The delta [ROWS, COLS] float32 of a chunk's `rows` at `columns`, which begin at `low`, by
-    matrix products. What nobody owns may be NaN: it is not multiplied."""
+    matrix products, and the gain [COLS] of the output before. What nobody owns may be NaN: it is not
+    multiplied."""
     SLICES: tl.constexpr = len(STARTS) - 1
     WIDTH: tl.constexpr = STARTS[SLICES]
     total = tl.zeros((ROWS, COLS), tl.float32)
+    gains = tl.zeros((COLS,), tl.float32)
     first_slice, last_slice = slices_between(low, low + COLS, STARTS)
     for s in range(first_slice, last_slice + 1):
         own = column_mask
         if SLICES > 1:
             begin, end = slice_bounds(s, STARTS)
             own = column_mask & (columns >= begin) & (columns < end)
-        p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+        p, column, scale, bound, affine = chunk[4], chunk[5], chunk[6], chunk[7], chunk[8]
         for member in range(chunk[2], chunk[3]):
+            gain, shift = gain_and_shift(lora, p, columns, own & affine, WIDTH)
             r, factor = rank_and_factor(lora, s, p, scale, bound)
             for k in range(0, bound, 16):
                 ranks = k + tl.arange(0, 16)
@@ -254,8 +285,10 @@ def chunk_delta(
                 left = tl.where((ranks < r)[None, :], left, 0.0)  # [ROWS, 16]
                 right = b_tile(lora, p, ranks, bound, r, columns, own, WIDTH)  # [16, COLS]
                 total += product(left, right) * factor
-            p, column, scale, bound = member_after(lora, p, member, chunk[3])
-    return total
+            total += total * gain[None, :] + shift[None, :]
+            gains += gains * gain + gain
+            p, column, scale, bound, affine = member_after(lora, p, member, chunk[3])
+    return total, gains
 
 
 @triton.jit
@@ -276,7 +309,8 @@ def tile_delta(
     STARTS: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """The deltas [ROWS, COLS] float32 of rows of a chunk at `columns`, which lie in slice `s`, and
-    with `PAIR` at `other_columns` in slice `other_s`.
+    with `PAIR` at `other_columns` in slice `other_s`; and the gains [COLS] of the output before, at
+    both.
 
     The columns stand where a matrix product has its rows, of which it has at least 16: the tokens
     may then be 8. One copy of the body serves all members and ranks, and both tiles: programs may
@@ -285,8 +319,15 @@ def tile_delta(
     WIDTH: tl.constexpr = STARTS[SLICES]
     one = tl.zeros((columns.shape[0], rows.shape[0]), tl.float32)
     other = one
-    p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+    gains = tl.zeros((columns.shape[0],), tl.float32)
+    other_gains = gains
+    p, column, scale, bound, affine = chunk[4], chunk[5], chunk[6], chunk[7], chunk[8]
     for member in range(chunk[2], chunk[3]):
+        gain, shift = gain_and_shift(lora, p, columns, column_mask & affine, WIDTH)
+        if PAIR:
+            other_gain, other_shift = gain_and_shift(
+                lora, p, other_columns, column_mask & affine, WIDTH
+            )  # fmt: skip
         r, factor = rank_and_factor(lora, s, p, scale, bound)
         other_r, other_factor = rank_and_factor(lora, other_s, p, scale, bound)
         for k in range(0, bound, 16):
@@ -300,8 +341,13 @@ def tile_delta(
                 other_h = _h_tile(lora, rows, live, other_s, column, ranks, other_r, SLICES, PARTS)
                 other += product(tl.trans(other_b), tl.trans(other_h)) * other_factor
             one += product(tl.trans(b), tl.trans(h)) * factor
-        p, column, scale, bound = member_after(lora, p, member, chunk[3])
-    return tl.trans(one), tl.trans(other)
+        one += one * gain[:, None] + shift[:, None]
+        gains += gains * gain + gain
+        if PAIR:
+            other += other * other_gain[:, None] + other_shift[:, None]
+            other_gains += other_gains * other_gain + other_gain
+        p, column, scale, bound, affine = member_after(lora, p, member, chunk[3])
+    return tl.trans(one), tl.trans(other), gains, other_gains
 
 
 def tile_columns(expand: Expand) -> int:

@@ -27,6 +27,7 @@ from loramux.kernels.triton_delta import (
     tile_columns,
     tile_delta,
     tile_programs,
+    with_delta,
 )
 from loramux.kernels.triton_launch import early, wait
 
@@ -77,15 +78,15 @@ def _gated(
         left = left.to(tl.float32)  # [ROWS, COLS]
         right = right.to(tl.float32)  # [ROWS, COLS]
         if lora is not None:
-            left += chunk_delta(
+            delta, gain = chunk_delta(
                 lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
             )
-            right += chunk_delta(
+            left = rounded(with_delta(left, gain, delta), gate.dtype.element_ty).to(tl.float32)
+            delta, gain = chunk_delta(
                 lora, chunk, rows, row_mask, SIZE + low, SIZE + columns, here, STARTS, PARTS,
                 ROWS, COLS,
             )  # fmt: skip
-            left = rounded(left, gate.dtype.element_ty).to(tl.float32)
-            right = rounded(right, up.dtype.element_ty).to(tl.float32)
+            right = rounded(with_delta(right, gain, delta), up.dtype.element_ty).to(tl.float32)
         value = _gate(left, right, gate.dtype.element_ty, ACTIVATION)
         at = out + wide * SIZE + columns[None, :]
         tl.store(at, rounded(value, out.dtype.element_ty), mask=mask)
@@ -115,11 +116,12 @@ def _gated_tiles(
             wide = rows.to(tl.int64)[:, None]
             left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
             right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
-            one, other = tile_delta(
+            one, other, gain, other_gain = tile_delta(
                 lora, chunk, rows, live, s, columns, t, SIZE + columns, here, STARTS, PARTS, True
             )
-            one = rounded(one + left.to(tl.float32), dtype).to(tl.float32)  # [ROWS, COLS]
-            other = rounded(other + right.to(tl.float32), dtype).to(tl.float32)
+            one = with_delta(left.to(tl.float32), gain, one)  # [ROWS, COLS]
+            other = with_delta(right.to(tl.float32), other_gain, other)  # [ROWS, COLS]
+            one, other = rounded(one, dtype).to(tl.float32), rounded(other, dtype).to(tl.float32)
             value = _gate(one, other, dtype, ACTIVATION)
             tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)
         item += tl.num_programs(0)

@@ -136,9 +136,9 @@ def _grouped(
             for index in range(tl.load(row_chunks + first), tl.load(row_chunks + last) + 1):
                 chunk = chunk_of(lora, index)
                 own = (rows >= chunk[0]) & (rows < chunk[1])
-                total += chunk_delta(
+                total += chunk_delta(  # experts have no gains
                     lora, chunk, rows, own, low, columns, columns < WIDTH, STARTS, PARTS, ROWS, COLS
-                )
+                )[0]
         at = out + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         mask = (rows < end)[:, None] & (columns < WIDTH)[None, :]
         tl.store(at, rounded(total, out.dtype.element_ty), mask=mask)

@@ -24,6 +24,7 @@ from loramux.kernels.triton_delta import (
     tile_columns,
     tile_delta,
     tile_programs,
+    with_delta,
 )
 from loramux.kernels.triton_launch import early, wait
 
@@ -50,9 +51,10 @@ def _expand(
         at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
         mask = row_mask[:, None] & column_mask[None, :]
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
-        value += chunk_delta(
+        delta, gain = chunk_delta(
             lora, chunk, rows, row_mask, low, columns, column_mask, STARTS, PARTS, ROWS, COLS
         )
+        value = with_delta(value, gain, delta)
         tl.store(at, rounded(value, y.dtype.element_ty), mask=mask)
 
 
@@ -78,10 +80,10 @@ def _expand_tiles(
                 live = rows < chunk[1]
                 at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
                 value = tl.load(at, mask=live[:, None], other=0.0)  # [ROWS, COLS]
-                delta = tile_delta(
+                delta, _, gain, _ = tile_delta(
                     lora, chunk, rows, live, s, columns, s, columns, here, STARTS, PARTS, False
-                )[0]
-                total = value.to(tl.float32) + delta
+                )
+                total = with_delta(value.to(tl.float32), gain, delta)
                 tl.store(at, rounded(total, y.dtype.element_ty), mask=live[:, None])
         item += tl.num_programs(0)
 

@@ -19,6 +19,7 @@ from loramux.kernels.triton_delta import (
     kernel_arguments,
     rounded,
     tile_delta,
+    with_delta,
 )
 from loramux.kernels.triton_launch import early, wait
 from loramux.kernels.triton_lora import lora_expand
@@ -181,9 +182,10 @@ def _add_norm_tiles(
             mask = row_mask[:, None] & here[None, :]
             at = x + rows[:, None] * x_stride + columns[None, :]
             value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
-            value += tile_delta(
+            delta, _, gain, _ = tile_delta(
                 lora, chunk, rows, row_mask, 0, columns, 0, columns, here, STARTS, PARTS, False
-            )[0]
+            )
+            value = with_delta(value, gain, delta)
             value = rounded(value, residual.dtype.element_ty)
             if post_weight is None:
                 before = residual + rows[:, None] * residual_stride + columns[None, :]

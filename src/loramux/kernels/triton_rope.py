@@ -26,6 +26,7 @@ from loramux.kernels.triton_delta import (
     tile_arguments,
     tile_delta,
     tile_programs,
+    with_delta,
 )
 from loramux.kernels.triton_heads import Heads, angles_at, finish_head
 from loramux.kernels.triton_kv import as_cache
@@ -48,9 +49,10 @@ def _part(
     at = qkv + rows.to(tl.int64)[:, None] * qkv_stride + columns[None, :]
     value = tl.load(at, mask=row_mask[:, None] & here[None, :], other=0.0).to(tl.float32)
     if lora is not None:
-        value += chunk_delta(
+        delta, gain = chunk_delta(
             lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, BLOCK
         )
+        value = with_delta(value, gain, delta)
         value = rounded(value, qkv.dtype.element_ty).to(tl.float32)
     return value
 
@@ -115,9 +117,9 @@ def _loaded(
 
 
 @triton.jit
-def _whole(value, delta):
+def _whole(value, gain, delta):
     """A part and its delta, rounded: [ROWS, BLOCK] float32."""
-    return rounded(value.to(tl.float32) + delta, value.dtype).to(tl.float32)
+    return rounded(with_delta(value.to(tl.float32), gain, delta), value.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -138,20 +140,20 @@ def _tile_of_head(
     high = _loaded(qkv, qkv_stride, rows, live, at + HALF, HALF, HALF_BLOCK)
     angles = angles_at(heads, position, live, HALF, HALF_BLOCK)
     inside = tl.arange(0, HALF_BLOCK)
-    low_delta, high_delta = tile_delta(
+    low_delta, high_delta, low_gain, high_gain = tile_delta(
         lora, chunk, rows, live, s, at + inside, s, at + HALF + inside, inside < HALF, STARTS,
         PARTS, True,
     )  # fmt: skip
-    low, high = _whole(low, low_delta), _whole(high, high_delta)
+    low, high = _whole(low, low_gain, low_delta), _whole(high, high_gain, high_delta)
     rest = tl.zeros((rows.shape[0], REST_BLOCK), tl.float32)
     if REST > 0:
         rest = _loaded(qkv, qkv_stride, rows, live, at + 2 * HALF, REST, REST_BLOCK)
         inside = tl.arange(0, REST_BLOCK)
         columns = at + 2 * HALF + inside
-        delta = tile_delta(
+        delta, _, gain, _ = tile_delta(
             lora, chunk, rows, live, s, columns, s, columns, inside < REST, STARTS, PARTS, False
-        )[0]
-        rest = _whole(rest, delta)
+        )
+        rest = _whole(rest, gain, delta)
     finish_head(
         low, high, rest, head, rows, live, angles, slot, heads, k_cache, v_cache, HEADS,
         KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE, qkv.dtype.element_ty,

@@ -77,7 +77,7 @@ def _shrink(
                 at += ((column + ranks) * SLICES + s)[None, :]
                 mask = row_mask[:, None] & live[None, :]
                 tl.store(at, rounded(total, lora.h.dtype.element_ty), mask=mask)
-            p, column, _, bound = member_after(lora, p, member, chunk[3])
+            p, column, _, bound, _ = member_after(lora, p, member, chunk[3])
 
 
 def lora_shrink(

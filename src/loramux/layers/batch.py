@@ -32,6 +32,12 @@ class LoRAStep:
     dealt: WorkList | None = None
     """`work` in the rows of A of one rank, where `fully_sharded_loras` deals them out."""
 
+    deltas: WorkList | None = None
+    """There, `work` without gains and shifts: a rank adds its part of the delta before a sum."""
+
+    affine: WorkList | None = None
+    """There, `work` with nothing but gains and shifts, for behind that sum."""
+
     @property
     def columns(self) -> int:
         """As `width`, for a layer whose A never stands in its base product: members stand where the
@@ -61,6 +67,9 @@ class UniformLoRA:
 
     members: tuple[tuple[int, float], ...]
     ranks: tuple[int, ...]
+
+    affine_rows: frozenset[int] = frozenset()
+    """Those of its pool rows whose adapters have gains and shifts."""
 
 
 @dataclass(slots=True)

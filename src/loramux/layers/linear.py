@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from loramux.kernels import (
+    ONE_PLACE,
     Expand,
     LoRASite,
     PackedLinear,
@@ -101,6 +102,10 @@ class MergedLinear:
         self._packed = PackedLinear(self.weight, self.bias)
         self.weight = None  # the packed copy is the only one
 
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
     def plain(self, index: int) -> nn.Linear:
         """Slice `index` as an ordinary nn.Linear that shares the weight (before `pack`)."""
         assert self.weight is not None
@@ -111,8 +116,16 @@ class MergedLinear:
             plain.bias = nn.Parameter(self.bias[start:end], requires_grad=False)
         return plain
 
-    def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
-        """Give this layer its part of the adapter pool: at least `rows` rank rows in `dtype`.
+    def attach_site(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        *,
+        under_weight: bool = False,
+        affine_shift: int = ONE_PLACE,
+    ) -> None:
+        """Give this layer its part of the adapter pool: at least `rows` rank rows in `dtype`, and room
+        for gains and shifts as `LoRASite` says; by default for none.
 
         With `under_weight` A stands under the base weight, of the same dtype, row k of slice s at
         k * S + s: any first rows of the pool then extend the base product.
@@ -129,6 +142,8 @@ class MergedLinear:
             slice_starts=tuple(self.starts),
             row_r=torch.zeros(slices, rows, dtype=torch.int32, device=device),
             row_scale=torch.zeros(slices, rows, dtype=torch.float32, device=device),
+            affine=empty_affine(rows, affine_shift, self.out_features, dtype, device),
+            affine_shift=affine_shift,
         )
 
     def _stack_under(self, rows: int) -> torch.Tensor:
@@ -141,6 +156,17 @@ class MergedLinear:
         if self.bias is not None:
             self._stacked_bias = torch.cat((self.bias, self.bias.new_zeros(slices * rows)))
         return stacked[width:].view(rows, slices, self.in_features).transpose(0, 1)  # [S, R, K]
+
+    @property
+    def affine(self) -> torch.Tensor | None:
+        """Gains and shifts [2, P, N], see `LoRASite.affine`."""
+        return None if self.site is None else self.site.affine
+
+    def dense(self, index: int) -> torch.Tensor:
+        """The base weight of slice `index` [N_index, K]; a copy where it is packed."""
+        whole = self._packed.dense() if self._packed is not None else self.weight
+        assert whole is not None
+        return whole[self.starts[index] : self.starts[index + 1]]  # [N_index, K]
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +261,14 @@ class LinearSlice(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.merged.forward(x, self.index)
+
+
+def empty_affine(
+    rows: int, shift: int, width: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Room for gains and shifts of a pool of `rows` rank rows [2, P, width], see `LoRASite.affine`."""
+    places = ((rows - 1) >> shift) + 1
+    return torch.zeros(2, places, width, dtype=dtype, device=device)
 
 
 def _stack(weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loramux.kernels import ONE_PLACE
 from loramux.layers.batch import StepBatch
 from loramux.layers.linear import MergedLinear
 
@@ -30,9 +31,16 @@ class RouterLinear(MergedLinear):
             plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
         super().__init__([plain], batch)
 
-    def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
+    def attach_site(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        *,
+        under_weight: bool = False,
+        affine_shift: int = ONE_PLACE,
+    ) -> None:
         """As `MergedLinear.attach_site`; A never stands under a weight that may have another type."""
-        super().attach_site(rows, dtype)
+        super().attach_site(rows, dtype, affine_shift=affine_shift)
 
     def pack(self) -> None:
         """A router is small, and reads its weight in a type of its own."""

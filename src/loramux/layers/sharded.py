@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from loramux.kernels import (
+    AFFINE,
+    ONE_PLACE,
     Expand,
     LoRASite,
     WorkList,
@@ -35,7 +37,7 @@ from loramux.kernels import (
     shrink_parts,
 )
 from loramux.layers.batch import LoRAStep, StepBatch
-from loramux.layers.linear import ROW_STEP, MergedLinear
+from loramux.layers.linear import ROW_STEP, MergedLinear, empty_affine
 from loramux.parallel import Cut, Group, Travelling
 
 OVERLAPPED_TOKENS = 1024
@@ -59,6 +61,7 @@ class ShardedLinear(MergedLinear):
         self.cuts = tuple(cuts)
         self.kind = cuts[0].kind
         self.dealt_site: LoRASite | None = None  # A where its rows are dealt out, empty where not
+        self._affine_site: LoRASite | None = None  # gains and shifts of whole rows, without A and B
         self._group = group
         self._deals = fully
         self._fully = fully and self.kind != "whole"
@@ -79,7 +82,14 @@ class ShardedLinear(MergedLinear):
         cut = self.cuts[index]
         return cut.input.whole, cut.output.whole
 
-    def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
+    def attach_site(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        *,
+        under_weight: bool = False,
+        affine_shift: int = ONE_PLACE,
+    ) -> None:
         """As `MergedLinear.attach_site`; with `fully_sharded_loras` A never stands under the weight,
         because its product has to travel before it is expanded."""
         slices, device, cut = self.num_slices, self.device, self.cuts[0]
@@ -90,12 +100,25 @@ class ShardedLinear(MergedLinear):
         if self._deals:
             self.dealt_site = empty_site(slices, dealt, features, nothing, dtype, device)
         if not self._fully:
-            super().attach_site(rows, dtype, under_weight=under_weight)
-        elif cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
-            self.site = empty_site(slices, padded, 0, tuple(self.starts), dtype, device)
+            super().attach_site(rows, dtype, under_weight=under_weight, affine_shift=affine_shift)
+            return
+        affine = empty_affine(padded, affine_shift, self.out_features, dtype, device)
+        if cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
+            site = empty_site(slices, padded, 0, tuple(self.starts), dtype, device)
+            self.site = replace(site, affine=affine, affine_shift=affine_shift)
         else:  # row: A [1, R, in'], B [R, out']
-            starts = (0, cut.b_output.size)
-            self.site = empty_site(slices, padded, self.in_features, starts, dtype, device)
+            own = (0, cut.b_output.size)
+            self.site = empty_site(slices, padded, self.in_features, own, dtype, device)
+            no_rows = self.site.b.new_zeros(self.out_features).expand(padded, -1)  # [R, out]
+            self._affine_site = LoRASite(
+                a=self.site.a,
+                b=no_rows,
+                slice_starts=tuple(self.starts),
+                row_r=torch.zeros_like(self.site.row_r),
+                row_scale=self.site.row_scale,
+                affine=affine,
+                affine_shift=affine_shift,
+            )
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, K], of the whole layer or of this rank -> y [T, N] likewise, and the LoRA delta that
@@ -113,7 +136,7 @@ class ShardedLinear(MergedLinear):
         if self.kind == "row":
             if expand is not None:
                 lora_expand(y, expand)
-            return self._group.all_reduce(y), None
+            return self._group.all_reduce(y), self._affine(lora)
         if self._outside:
             if expand is not None:
                 lora_expand(y, expand)
@@ -147,10 +170,11 @@ class ShardedLinear(MergedLinear):
         travelling = self._send(x, lora, site)
         y = self._base(x)  # [T, N']
         h = self._received(travelling, lora)  # [T, W]
-        expand = Expand(site, h.unsqueeze(0), lora.work)
         if self.kind == "column":
-            return y, expand
-        lora_expand(y[:, self.cuts[0].b_output.slice], expand)
+            return y, Expand(site, h.unsqueeze(0), lora.work)
+        assert lora.deltas is not None
+        part = y[:, self.cuts[0].b_output.slice]  # [T, out']
+        lora_expand(part, Expand(site, h.unsqueeze(0), lora.deltas))
         return y, None
 
     def _send(self, x: torch.Tensor, lora: LoRAStep, site: LoRASite) -> Travelling:
@@ -175,6 +199,19 @@ class ShardedLinear(MergedLinear):
     def _dealt_width(self, lora: LoRAStep) -> int:
         """Columns of a slice on one rank."""
         return -(-lora.width // self.cuts[0].deal)
+
+    def _affine(self, lora: LoRAStep | None) -> Expand | None:
+        """Gains and shifts behind the sum over all ranks, where the deltas are in it already."""
+        if lora is None or lora.affine is None or self._affine_site is None:
+            return None
+        site = self._affine_site
+        return Expand(site, site.a.new_empty(1, 1, 1), lora.affine)
+
+    @property
+    def affine(self) -> torch.Tensor | None:
+        """Gains and shifts of all that this rank puts out [2, P, out']."""
+        site = self._affine_site or self.site
+        return None if site is None else site.affine
 
     def _shrink(self, x: torch.Tensor, site: LoRASite, work: WorkList, width: int) -> torch.Tensor:
         """x [T, K'] -> [T, width S], which is about to travel: of many tokens in the type of x.
@@ -201,13 +238,25 @@ def deal_out(work: WorkList, deal: int) -> WorkList:
     chunks = work.chunks.clone()  # [C, 8]
     chunks[:, 4] //= deal
     chunks[:, 5] //= deal
-    chunks[:, 7] = (chunks[:, 7] + deal - 1) // deal  # [C]
+    chunks[:, 7] = (chunks[:, 7] % AFFINE + deal - 1) // deal  # [C]
     return replace(
         work,
         chunks=chunks,
         member_rows=work.member_rows // deal,
         member_columns=work.member_columns // deal,
-        member_ranks=(work.member_ranks + deal - 1) // deal,
+        member_ranks=(work.member_ranks % AFFINE + deal - 1) // deal,
+    )
+
+
+def parted(work: WorkList) -> tuple[WorkList, WorkList]:
+    """`work` without gains and shifts, and with nothing else."""
+    deltas, affine = work.chunks.clone(), work.chunks.clone()  # [C, 8] each
+    deltas[:, 7] %= AFFINE
+    affine[:, 7] -= deltas[:, 7]
+    ranks = work.member_ranks % AFFINE  # [M]
+    return (
+        replace(work, chunks=deltas, member_ranks=ranks),
+        replace(work, chunks=affine, member_ranks=work.member_ranks - ranks),
     )
 
 

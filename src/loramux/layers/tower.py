@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from loramux.errors import EngineError
-from loramux.kernels import Expand, Segments, WorkList
+from loramux.kernels import AFFINE, ONE_PLACE, Expand, Segments, WorkList
 from loramux.layers.batch import LoRAStep, StepBatch, UniformLoRA
 from loramux.layers.linear import LinearSlice, MergedLinear
 
@@ -73,10 +73,17 @@ class TowerLinear(MergedLinear):
         super().__init__([linear], step.batch)
         self._step = step
 
-    def attach_site(self, rows: int, dtype: torch.dtype, *, under_weight: bool = False) -> None:
+    def attach_site(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        *,
+        under_weight: bool = False,
+        affine_shift: int = ONE_PLACE,
+    ) -> None:
         """As for other layers, but A never stands under the weight: that would make every product
         larger, with adapters or without."""
-        super().attach_site(rows, dtype)
+        super().attach_site(rows, dtype, affine_shift=affine_shift)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, K] -> y [T, N], and the LoRA delta that is still to be added."""
@@ -130,6 +137,7 @@ def segments(found: Sequence[Piece]) -> Segments:
         member_rows=_ints([row for row, _ in members]),  # [M]
         member_scales=torch.tensor([scale for _, scale in members]),  # [M]
         num_segments=len(adapted),
+        affine_rows=frozenset(row for lora, _, _ in adapted for row in lora.affine_rows),
     )
 
 
@@ -151,7 +159,7 @@ def lora_step(found: Sequence[Piece], device: torch.device) -> LoRAStep:
             places.append(row)
             columns.append(sum(lora.ranks[:index]))
             scales.append(scale)
-        ranks += lora.ranks
+            ranks.append(lora.ranks[index] + (AFFINE if row in lora.affine_rows else 0))
         bits = int(torch.tensor(scales[first], dtype=torch.float32).view(torch.int32))
         leading = (places[first], columns[first], bits, ranks[first])
         adapted += [(*cut, first, len(places), *leading) for cut in cuts]

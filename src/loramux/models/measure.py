@@ -37,6 +37,7 @@ def measure(
         kv_bytes_per_token=_kv_bytes(attached),
         free_bytes=memory.free,
         adapter_elements_per_row=_elements_per_row(attached),
+        adapter_outputs=sum(merged.out_features for merged in attached.sites),
         length_limit_reason=limit[1],
         total_bytes=memory.total,
         weight_bytes=weight_bytes(attached),
