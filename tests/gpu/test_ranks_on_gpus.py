@@ -3,44 +3,74 @@ GPU over gloo, without."""
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from loramux import LLM, LoRARequest, SamplingParams
-from tiny import TinyWorld
+from loramux.layers.sharded import OVERLAPPED_TOKENS
+from tiny import VOCAB, TinyWorld, save_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-PROMPTS = [list(range(5 + i, 25 + 3 * i)) for i in range(4)]
+PROMPTS = [list(range(5 + i, 25 + 3 * i)) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three plain ones, and one with DoRA."""
+    dora = save_adapter(tiny_world.model, tmp_path_factory.mktemp("dora"), r=6, use_dora=True)
+    return [*(str(tiny_world.adapters[name]) for name in "abc"), str(dora)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
 def test_two_ranks_on_one_gpu_answer_as_one(
-    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch, fully: bool
+    tiny_world: TinyWorld, adapters: list[str], monkeypatch: pytest.MonkeyPatch, fully: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of several, all take the first
-    _compare(tiny_world, eager=True, fully=fully)
+    _compare(tiny_world, adapters, eager=True, fully=fully)
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-def test_two_gpus_answer_as_one(tiny_world: TinyWorld, eager: bool, fully: bool) -> None:
-    _compare(tiny_world, eager=eager, fully=fully)
+def test_two_gpus_answer_as_one(
+    tiny_world: TinyWorld, adapters: list[str], eager: bool, fully: bool
+) -> None:
+    _compare(tiny_world, adapters, eager=eager, fully=fully)
 
 
-def _compare(tiny_world: TinyWorld, *, eager: bool, fully: bool) -> None:
-    loras = [None, *(LoRARequest(n, 1, str(tiny_world.adapters[n])) for n in "abc")]
-    settings = {"device": "cuda", "dtype": "float32", "enforce_eager": eager, "max_loras": 2}
+@pytest.mark.multigpu
+def test_what_travels_beside_products_arrives(tiny_world: TinyWorld, adapters: list[str]) -> None:
+    """In steps as large as those that overlap."""
+    dice = random.Random(3)
+    prompts = [[dice.randrange(3, VOCAB) for _ in range(230)] for _ in adapters * 2]
+    assert sum(map(len, prompts)) > OVERLAPPED_TOKENS + 230
+    _compare(tiny_world, [*adapters, *adapters], eager=False, fully=True, prompts=prompts)
+
+
+def _compare(
+    tiny_world: TinyWorld,
+    adapters: list[str],
+    *,
+    eager: bool,
+    fully: bool,
+    prompts: list[list[int]] = PROMPTS,
+) -> None:
+    loras = [LoRARequest(Path(path).name, 1, path) for path in adapters]
+    loras = [None, *loras][: len(prompts)]
+    settings = {"device": "cuda", "dtype": "float32", "enforce_eager": eager, "max_loras": 4}
+    settings |= {"max_num_batched_tokens": 2048}
     settings |= {"max_lora_rank": 8, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
     with LLM(str(tiny_world.model), enable_lora=True, **settings) as llm:
-        alone = llm.generate(PROMPTS, GREEDY, lora_request=loras)
+        alone = llm.generate(prompts, GREEDY, lora_request=loras)
     settings |= {"tensor_parallel_size": 2, "fully_sharded_loras": fully}
     with LLM(str(tiny_world.model), enable_lora=True, **settings) as llm:
-        together = llm.generate(PROMPTS, GREEDY, lora_request=loras)
+        together = llm.generate(prompts, GREEDY, lora_request=loras)
         llm.engine.check_integrity()
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 

@@ -70,6 +70,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="R:MAX,...",
         help="also: adapters of rank R under max_lora_rank MAX, an engine each (8:16,8:64)",
     )
+    parser.add_argument(
+        "--dora", action="store_true", help="also: the engine of most adapters with DoRA adapters"
+    )
     add_engine(parser)
     add_output(parser)
     options = parser.parse_args(argv)
@@ -134,6 +137,9 @@ def _jobs(sitting: Sitting) -> Iterator[tuple[str, Job]]:
         cases = [(b, n) for b in batches for n in counts if n <= b and n in options.adapters]
         if cases:
             yield f"max-loras-{max_loras}", _job(sitting, max_loras, options.rank, largest, cases)
+    if options.dora and most:
+        cases = [(b, n) for b in batches for n in options.adapters if 0 < n <= b]
+        yield f"max-loras-{most}-dora", _job(sitting, most, options.rank, largest, cases, dora=True)
     for rank, under in options.ranks:
         chosen = [b for b in batches if b in RANK_BATCHES] or batches[-1:]
         cases = [(b, min(b, RANK_ADAPTERS)) for b in chosen]
@@ -141,7 +147,13 @@ def _jobs(sitting: Sitting) -> Iterator[tuple[str, Job]]:
 
 
 def _job(
-    sitting: Sitting, max_loras: int, rank: int, largest: int, cases: list[tuple[int, int]]
+    sitting: Sitting,
+    max_loras: int,
+    rank: int,
+    largest: int,
+    cases: list[tuple[int, int]],
+    *,
+    dora: bool = False,
 ) -> Job:
     options = sitting.options
     count = max(n for _, n in cases)
@@ -150,6 +162,7 @@ def _job(
     length = max(options.input_len + options.output_len, tokens // prefill.SEQUENCES + 1)
     sequences = max(prefill.SEQUENCES * (tokens > 0), *(batch for batch, _ in cases))
     marks = {"lora": "enabled", "rank": rank, **lora} if lora else {"lora": "off"}
+    marks = {**marks, **({"dora": True} if dora else {})}
     return Job(
         workload="decode",
         settings={**prefill.settings(tokens), **sitting.settings(sequences, length, **lora)},
@@ -158,7 +171,7 @@ def _job(
             *prefill.cases(tokens, dict.fromkeys(n for _, n in cases)),
         ],
         config=sitting.config,
-        adapters=sitting.adapters(count, rank) if count else [],
+        adapters=sitting.adapters(count, rank, dora=dora) if count else [],
         options={
             "repeats": options.repeats,
             "input_len": options.input_len,
@@ -279,6 +292,11 @@ def show_table(sitting: Sitting) -> None:
     show(title, columns, (_cells(row) for row in sitting.of("decode")))
 
 
+def _kind(row: dict[str, Any]) -> str:
+    kinds = {"fully_sharded_loras": " fully", "dora": " DoRA"}
+    return str(row["max_loras"]) + "".join(word for key, word in kinds.items() if row.get(key))
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     enabled = row["lora"] == "enabled"
     added = f"{row['added_ms']:+.3f}" if "added_ms" in row else ""
@@ -286,9 +304,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["system"],
         str(row["batch"]),
         str(row["adapters"]),
-        f"{row['max_loras']}{' fully' if row.get('fully_sharded_loras') else ''}"
-        if enabled
-        else "off",
+        _kind(row) if enabled else "off",
         f"{row['rank']}/{row['max_lora_rank']}" if enabled else "",
         f"{row['decode_ms']:.3f}",
         f"{row['spread_ms']:.3f}",

@@ -24,13 +24,15 @@ def write_adapters(
     *,
     dtype: str = "bfloat16",
     seed: int = 0,
+    dora: bool = False,
 ) -> list[Path]:
     """`count` PEFT folders of random adapters, all different; alpha is twice the rank.
 
     On experts an adapter has two matrices a projection and expert, as PEFT saves them for models whose
     experts are linear layers: `model.layers.0.mlp.experts.0.up_proj.lora_A.weight` [r, in].
 
-    Each is another window into one buffer of random numbers: what takes time is the writing alone.
+    Each is another window into one buffer of random numbers: what takes time is the writing alone. With
+    `dora` they have magnitudes, all 1, as well.
     """
     import torch
     from safetensors.torch import save_file
@@ -48,7 +50,9 @@ def write_adapters(
         "bias": "none",
         "target_modules": list(targets),
         "inference_mode": True,
+        **({"use_dora": True} if dora else {}),
     }
+    magnitudes = _magnitudes(config, targets, getattr(torch, dtype)) if dora else {}
 
     def write(i: int) -> Path:
         path = folder / f"adapter-{r}-{i}"
@@ -58,11 +62,25 @@ def write_adapters(
         # A prime step: windows of different adapters do not meet before there are very many.
         first = (i * 7919) % elements
         window = numbers[first : first + elements]
-        save_file(_cut(window, config, r, targets), path / "adapter_model.safetensors")
+        tensors = _cut(window, config, r, targets) | magnitudes
+        save_file(tensors, path / "adapter_model.safetensors")
         return path
 
     with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         return list(pool.map(write, range(count)))
+
+
+def _magnitudes(config: dict[str, Any], targets: Sequence[str], dtype: Any) -> dict[str, Any]:
+    """PEFT's tensor names -> the lengths that DoRA gives the outputs of a layer."""
+    import torch
+
+    return {
+        f"base_model.model.{module}.lora_magnitude_vector": torch.ones(linear.outputs, dtype=dtype)
+        for layer in range(config["num_hidden_layers"])
+        for name, linear in linears(config).items()
+        if name in targets
+        for module in linear.modules(layer)
+    }
 
 
 def _cut(numbers: Any, config: dict[str, Any], r: int, targets: Sequence[str]) -> dict[str, Any]:

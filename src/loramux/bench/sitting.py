@@ -104,7 +104,7 @@ class Sitting:
     ceilings: Ceilings | None = None
     path: Path | None = None
     started: float = field(default_factory=time.perf_counter)
-    _adapters: dict[tuple[int, tuple[str, ...]], list[str]] = field(default_factory=dict)
+    _adapters: dict[tuple[int, bool, tuple[str, ...]], list[str]] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Raises ValueError for a model that is not there."""
@@ -137,16 +137,16 @@ class Sitting:
         ranks = getattr(self.options, "tensor_parallel_size", 1)
         return {"tensor_parallel_size": ranks} if ranks > 1 else {}
 
-    def adapters(self, count: int, rank: int) -> list[str]:
+    def adapters(self, count: int, rank: int, *, dora: bool = False) -> list[str]:
         """Folders of `count` adapters; those of the largest count serve every smaller one."""
         targets = tuple(self.options.targets)
-        known = self._adapters.get((rank, targets), [])
+        known = self._adapters.get((rank, dora, targets), [])
         if len(known) < count:
             self.say(f"writing {count} adapters of rank {rank}")
-            place = self.folder / f"adapters-{rank}-{count}"
+            place = self.folder / f"adapters-{rank}-{count}{'-dora' if dora else ''}"
             seed = self.options.seed
-            paths = write_adapters(place, self.config, count, rank, targets, seed=seed)
-            known = self._adapters[rank, targets] = [str(path) for path in paths]
+            paths = write_adapters(place, self.config, count, rank, targets, seed=seed, dora=dora)
+            known = self._adapters[rank, dora, targets] = [str(path) for path in paths]
         return known[:count]
 
     def adapter_bytes(self, rank: int) -> int:
