@@ -40,7 +40,8 @@ class AdapterRef:
     `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
     `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
     `adapts_encoder` says that it has weights for a tower or connector of a multimodal model, `labels`
-    what its classification head tells apart; () if it has none.
+    what its classification head tells apart; () if it has none. `invocation` are the tokens of an
+    activated LoRA, which applies from their last occurrence in a prompt on; () applies everywhere.
     """
 
     name: str
@@ -50,6 +51,7 @@ class AdapterRef:
     num_bytes: int
     adapts_encoder: bool = False
     labels: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +299,11 @@ class MediaPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler."""
+    """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler.
+
+    `starts` says of each of `adapters` from which prompt token on it applies, None: nowhere; () of all:
+    from the first on.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -306,10 +312,7 @@ class Request:
     arrival_s: float = 0.0
     media: MediaPrompt | None = None  # None: text alone
     pooling: PoolingParams | None = None  # None: tokens are generated
-
-    @property
-    def composition(self) -> Composition:
-        return compose([(ref.digest, scale) for ref, scale in self.adapters])
+    starts: tuple[int | None, ...] = ()
 
 
 AdapterState = Literal["ready", "draining"]

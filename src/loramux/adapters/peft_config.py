@@ -14,6 +14,13 @@ from typing import Any
 import regex
 
 from loramux.adapters.initialisations import reason_against
+from loramux.adapters.invocation import (
+    INVOCATION,
+    MAX_TOKENS,
+    invocation_of,
+    is_badly_typed,
+    reasons_against,
+)
 from loramux.adapters.peft_patterns import Matcher, PatternTable, at_the_end, is_plain
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,6 +44,7 @@ SUPPORTED = {
     "layers_to_transform",
     "layers_pattern",
     "init_lora_weights",
+    INVOCATION,
 }
 
 # Keys that change nothing at inference, whatever their value.
@@ -68,7 +76,6 @@ REFUSED = {
     "modules_to_save": "fully trained modules are not served yet, but for the classification "
     "head (score or classifier) of task_type SEQ_CLS",
     "trainable_token_indices": "trained token embeddings are not served yet",
-    "alora_invocation_tokens": "activated LoRA is not served yet",
     "layer_replication": "layer replication makes another base model, with more layers, out of "
     "copies of these; one base model serves all adapters",
     "fan_in_fan_out": "transposed weights (Conv1D layers) are not served yet",
@@ -95,6 +102,7 @@ class PeftConfig:
     layers_pattern: tuple[str, ...]
     matcher: Matcher
     saved_heads: tuple[str, ...] = ()  # names of classification heads in modules_to_save
+    invocation: tuple[int, ...] = ()  # tokens from which it applies; () is everywhere
 
     @property
     def targets_all_linear(self) -> bool:
@@ -176,6 +184,8 @@ def read_config(folder: Path) -> tuple[PeftConfig | None, bytes, list[str]]:
     reasons = _unserved(data) + _badly_typed(data)
     config = None if _badly_typed(data) else _build(data)
     canonical = {key: data[key] for key in sorted(data) if key in SUPPORTED}
+    if not canonical.get(INVOCATION):
+        canonical.pop(INVOCATION, None)  # PEFT writes null into every configuration
     return config, json.dumps(canonical, sort_keys=True).encode(), reasons
 
 
@@ -193,7 +203,7 @@ def _unserved(data: dict[str, Any]) -> list[str]:
         reasons.append(f"{key[:80]}={_said(value)}: {reason}")
     if against := reason_against(data.get("init_lora_weights", True)):
         reasons.append(against)
-    return reasons
+    return reasons + reasons_against(data)
 
 
 def _said(value: Any) -> str:
@@ -251,6 +261,8 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
     parameters = data.get("target_parameters")
     if parameters is not None and (isinstance(parameters, str) or not _is_names(parameters)):
         reasons.append("target_parameters must be a list of strings")
+    if is_badly_typed(data):
+        reasons.append(f"{INVOCATION} must be a list of up to {MAX_TOKENS} token ids")
     layers = data.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(n) for n in numbers):
@@ -309,6 +321,7 @@ def _build(data: dict[str, Any]) -> PeftConfig:
         layers_pattern=_listed(data.get("layers_pattern")),
         matcher=matcher,
         saved_heads=_saved_heads(data),
+        invocation=invocation_of(data),
     )
 
 

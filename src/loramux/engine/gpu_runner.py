@@ -31,6 +31,7 @@ from loramux.engine.packing import (
     PackedStep,
     Run,
     StepShape,
+    active_runs,
     chunk_rows,
     decodes_first,
     fill,
@@ -176,8 +177,8 @@ class GpuRunner(Runner):
         elif not choice.base_rows and choice.width > self._graph_width:
             return None  # a sum of many adapters: wider than what was captured
         else:
-            active = sum(1 for run in runs if run.members)
-            key = GraphKey(size, True, choice.base_rows, self._active_bucket(active, size))
+            active = self._active_bucket(active_runs(runs), size)
+            key = GraphKey(size, True, choice.base_rows, active)
         key = key.keeping(self.config.max_num_seqs)
         captured = graphs.get(key)
         return None if captured is None else (key, captured)
@@ -395,7 +396,7 @@ class GpuRunner(Runner):
         room = pages + largest + REREAD_POSITIONS // self.block_size
         self._decode = PackedStep(Capacity(largest, largest, few, room), self._device)
         tokens = max(config.max_num_batched_tokens, sequences)
-        self._mixed = PackedStep(Capacity(tokens, sequences, members, pages), self._device)
+        self._mixed = PackedStep(Capacity(tokens, sequences, 2 * members, pages), self._device)
         self._chosen = torch.zeros(max(largest, sequences), dtype=torch.int64, device=self._device)
 
     def _make_chooser(self, facts: ModelFacts) -> LoRAChooser | None:
