@@ -54,7 +54,13 @@ class Case:
         self.paths = {
             "plain": save_adapter(model, root / "plain", seed=1, r=4, **targets),
             "a": save_adapter(
-                model, root / "a", seed=2, r=8, alora_invocation_tokens=A, use_rslora=True, **targets
+                model,
+                root / "a",
+                seed=2,
+                r=8,
+                alora_invocation_tokens=A,
+                use_rslora=True,
+                **targets,
             ),
             "b": save_adapter(model, root / "b", seed=3, r=3, alora_invocation_tokens=B, **targets),
         }
@@ -184,11 +190,18 @@ def test_blocks_before_the_invocation_are_shared_both_ways(case: Case, tmp_path)
     """A conversation of the base model, then adapters that evaluate it; and the other way round."""
     size, dice = 8, random.Random()
     paths = {
-        name: save_adapter(case.model, tmp_path / name, seed=10 + i, alora_invocation_tokens=[300 + i])
+        name: save_adapter(
+            case.model, tmp_path / name, seed=10 + i, alora_invocation_tokens=[300 + i]
+        )
         for i, name in enumerate(("x", "y", "z"))
     }
     with LLM(
-        str(case.model), enable_lora=True, device="cpu", max_loras=4, max_lora_rank=8, block_size=size
+        str(case.model),
+        enable_lora=True,
+        device="cpu",
+        max_loras=4,
+        max_lora_rank=8,
+        block_size=size,
     ) as llm:
 
         def cached(prompt, name=None, path=None) -> int:
@@ -201,7 +214,9 @@ def test_blocks_before_the_invocation_are_shared_both_ways(case: Case, tmp_path)
             for i, (name, path) in enumerate(paths.items()):
                 asked = [*talk, 300 + i, 5, 6]
                 assert cached(asked, name, path) == 5 * size  # whole blocks before it
-                assert cached([*asked, 9, *range(20, 40)], name, path) == (common + 3) // size * size
+                assert (
+                    cached([*asked, 9, *range(20, 40)], name, path) == (common + 3) // size * size
+                )
             assert cached([*talk, 300, 5, 6], "plain", case.paths["plain"]) == 0
             fresh = [dice.randrange(3, VOCAB - 40) for _ in range(common)]
             assert cached([*fresh, 301, 5], "y", paths["y"]) == 0
