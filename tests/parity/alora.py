@@ -1,4 +1,4 @@
-"""What PEFT answers under activated LoRA, in sums too: each adapter with the offset that PEFT finds for it."""
+"""What PEFT answers under activated LoRA, in sums too: each adapter with the offset that PEFT finds."""
 
 from __future__ import annotations
 
