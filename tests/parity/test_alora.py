@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from gpu.replaying import WAYS, use_seen_runner
 from loramux import LLM, LoRARequest, SamplingParams
 from loramux.engine import engine, follower
 from loramux.engine.gpu_runner import GpuRunner
@@ -132,6 +133,30 @@ def test_preempted_sequences_equal_peft(case: Case) -> None:
 def test_the_packed_steps_of_gpus_equal_peft(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "make_runner", GpuRunner)
     check(case, max_loras=3, async_scheduling=True, kv_cache_memory_bytes=1 << 20, block_size=16)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_replayed_steps_equal_peft(case: Case, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Captured steps of decodes and of whole prompts, in which adapters begin."""
+    use_seen_runner(monkeypatch, "cpu")
+    settings = {"cudagraph_capture_sizes": [1, 8, 64, 128, 256], "specialize_active_lora": True}
+    with LLM(
+        str(case.model),
+        enable_lora=True,
+        device="cpu",
+        max_loras=3,
+        max_lora_rank=8,
+        kv_cache_memory_bytes=1 << 20,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=256,
+        **settings,
+    ) as llm:
+        llm.engine.runner.shrink(way)
+        loras = requests_for(case.paths, COMPOSITIONS)
+        outputs = llm.generate(case.prompts, GREEDY, lora_request=loras)
+        assert [o.outputs[0].token_ids for o in outputs] == case.expected
+        replays = [event for event in llm.engine.runner.events if event.kind == "replay"]
+        assert any(event.tokens > event.rows for event in replays), "no prompt was replayed"
 
 
 @pytest.mark.usefixtures("thread_ranks")

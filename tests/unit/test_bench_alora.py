@@ -1,4 +1,4 @@
-"""`loramux bench alora` on a model of two tiny layers: which requests share what, not how long it takes."""
+"""`loramux bench alora` on a model of two tiny layers: which requests share what, not how fast."""
 
 from __future__ import annotations
 
