@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from loramux.config import EngineConfig
 from loramux.config.keywords import engine_config
+from loramux.engine.activation import not_invoked
 from loramux.engine.adapter_check import check_adapter as check_adapter
 from loramux.engine.adapter_check import check_deltas_of as check_deltas_of
 from loramux.engine.default_adapters import (
@@ -76,7 +77,8 @@ class RequestOutput:
     """A prompt and its answers, in the order of `index`.
 
     `prompt_token_ids` have the placeholders of media written out. `lora_request` is what was used, be it
-    asked for or a default of the prompt's media; of several, the list.
+    asked for or a default of the prompt's media; of several, the list. `not_invoked` names those of
+    them that did not apply: activated LoRAs whose invocation the prompt lacks.
     """
 
     request_id: str
@@ -87,6 +89,7 @@ class RequestOutput:
     lora_request: LoRA = None
     num_cached_tokens: int = 0
     pooled: PoolingOutput | None = field(default=None, repr=False)  # of a prompt that was pooled
+    not_invoked: tuple[str, ...] = ()
 
 
 class LLM:
@@ -289,13 +292,17 @@ class LLM:
             )
         request_id = str(next(self._ids))
         uses = [AdapterUse(lora.lora_name, lora.scale) for lora in composition]
-        self.engine.submit(request_id, prompt, params, uses)
+        versions = self.engine.submit(request_id, prompt, params, uses)
+        idle = not_invoked(versions, ids)
+        names = [use.name for use, ref in zip(uses, versions, strict=True) if ref in idle]
         lora: LoRA = composition[0] if len(composition) == 1 else (list(composition) or None)
         answers = [CompletionOutput(index=i, lora_request=lora) for i in range(params.n)]
         if isinstance(params, SamplingParams) and params.logprobs is not None:
             for answer in answers:
                 answer.logprobs, answer.cumulative_logprob = [], 0.0
-        return RequestOutput(request_id, text, ids, answers, lora_request=lora)
+        return RequestOutput(
+            request_id, text, ids, answers, lora_request=lora, not_invoked=tuple(names)
+        )
 
     def _drain(
         self, outputs: dict[str, RequestOutput], errors: list[LoramuxError], use_tqdm: bool

@@ -74,6 +74,8 @@ class ModelSchema:
     """What the model's configuration calls its labels."""
     towers: frozenset[str] = frozenset()
     """Those of `modules` and `refused` that are not in the language model, but make vectors of media."""
+    vocab_size: int = 0
+    """Of the language model; 0: not known."""
 
     @property
     def elements_per_row(self) -> int:

@@ -40,8 +40,9 @@ class AdapterRef:
     `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
     `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
     `adapts_encoder` says that it has weights for a tower or connector of a multimodal model, `labels`
-    what its classification head tells apart; () if it has none; `affine` that it scales or shifts
-    outputs of layers, as DoRA and trained biases do.
+    what its classification head tells apart; () if it has none. `invocation` are the tokens of an
+    activated LoRA, which applies from their last occurrence in a prompt on; () applies everywhere.
+    `affine` says that it scales or shifts outputs of layers, as DoRA and trained biases do.
     """
 
     name: str
@@ -52,6 +53,7 @@ class AdapterRef:
     adapts_encoder: bool = False
     labels: tuple[str, ...] = ()
     affine: bool = False
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,11 @@ class MediaPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler."""
+    """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler.
+
+    `starts` says of each of `adapters` from which prompt token on it applies, None: nowhere; () of all:
+    from the first on.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -310,12 +316,7 @@ class Request:
     arrival_s: float = 0.0
     media: MediaPrompt | None = None  # None: text alone
     pooling: PoolingParams | None = None  # None: tokens are generated
-
-    @property
-    def composition(self) -> Composition:
-        # One that scales outputs scales the deltas before it as well.
-        in_turn = any(ref.affine for ref, _ in self.adapters)
-        return compose([(ref.digest, scale) for ref, scale in self.adapters], in_turn=in_turn)
+    starts: tuple[int | None, ...] = ()
 
 
 AdapterState = Literal["ready", "draining"]

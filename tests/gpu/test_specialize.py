@@ -18,6 +18,7 @@ from loramux.engine.graphs import GraphKey, StepOutput
 from loramux.engine.packing import runs_of
 from loramux.engine.plan import Row, SampleSpec
 from loramux.engine.scheduler import _by_members
+from loramux.engine.singles import single_tokens
 from tiny import save_model
 
 MAX_LORAS = 8
@@ -169,6 +170,31 @@ def test_no_mixture_has_more_chunks_than_its_graph(runner: CpuReplayingRunner, w
             assert key.active or bucket_for(active) > min(MAX_LORAS, key.tokens)
         met.add(key.active if active else None)
     assert met == {None, 0, 1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_in_which_adapters_begin_fit_their_graph(runner: CpuReplayingRunner, way: str) -> None:
+    """Short prompts whose first tokens are the base model's, or another composition's."""
+    runner.shrink(way)
+    rng, replayed, scattered = random.Random(), 0, 0
+    for _ in range(400):
+        rows = random_rows(rng, rng.randint(0, 20))
+        for number in range(rng.randint(1, 8)):
+            count, place = rng.randint(2, 8), 16 * rng.randrange(MAX_LORAS)
+            early = rng.choice([(), (), ((place, 0.5),)])
+            members = (*early, ((place + 16) % (16 * MAX_LORAS), 1.0))
+            tokens, before = (5,) * count, (rng.randrange(1, count), early)
+            rows.append(Row(100 + number, tokens, 0, (1,), members, SAMPLE, before=before))
+        rows.sort(key=_by_members)
+        runs = runs_of(rows)
+        singles = single_tokens(rows, runner.block_size, runner._limits)
+        assert singles is not None and runs_of(singles) == runs
+        choice = runner._choose_lora(runs, len(singles))
+        if (found := runner._find_graph(singles, runs, choice)) is not None:
+            runner._replay(singles, *found, choice)
+            replayed += 1
+            scattered += sum(not run.members for run in runs) > 1
+    assert replayed > 100 and scattered > 50
 
 
 def test_five_adapters_in_a_graph_of_five(runner: CpuReplayingRunner) -> None:

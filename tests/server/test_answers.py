@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -242,6 +243,29 @@ def test_adapters(
         assert response.headers.get("x-loramux-adapters", "") == used
     for _, adapters, _ in engine.seen:
         assert [(use.name, use.scale) for use in adapters] == uses
+
+
+def test_an_adapter_that_the_prompt_does_not_invoke_is_named(engine: FakeEngine, app: App) -> None:
+    for name in ("alpha", "beta"):
+        engine.served[name] = replace(engine.served[name], invocation=tuple(map(ord, name)))
+    digest = engine.served["alpha"].digest
+    told = [{"name": "alpha", "digest": digest}]
+    body = {"model": "alpha"}
+    idle = [app.complete(**body), app.chat(**body)]
+    assert [response.json()["not_invoked"] for response in idle] == [told, told]
+    idle += [app.complete(**body, stream=True), app.chat(**body, stream=True)]
+    assert events_of(idle[-1])[0]["not_invoked"] == told
+    idle.append(app.post("/v1/embeddings", {**body, "input": "hey"}))
+    idle.append(app.complete(**body, prompt=["say alpha", "hey"]))
+    both = {"lora": ["alpha", "beta"]}
+    idle.append(app.complete(**both, prompt=["say beta", "beta, then"]))
+    for response in idle:
+        assert response.headers["x-loramux-not-invoked"] == f"alpha@{digest[:12]}"
+    invoked = [app.complete(**both, prompt=["alphabeta"]), app.complete(**body, prompt="alpha")]
+    invoked += [app.complete(), app.chat(**body, messages=[{"role": "alpha", "content": ""}])]
+    for response in invoked:
+        assert response.status_code == 200 and "not_invoked" not in response.json()
+        assert "x-loramux-not-invoked" not in response.headers
 
 
 @pytest.mark.parametrize(

@@ -456,6 +456,12 @@ def test_gate_alone_is_an_adapter(tmp_path: Path) -> None:
     assert_same(deltas(read(folder, make_schema(), NATURAL)), reference(factors, 5 / 3))
 
 
+def test_activated_lora_is_not_served_on_experts(tmp_path: Path) -> None:
+    folder, _ = per_expert(tmp_path / "a", alora_invocation_tokens=[5])
+    word = "alora_invocation_tokens with LoRA on experts"
+    assert any(word in reason for reason in refusal(folder, make_schema()))
+
+
 # Factors that experts share
 
 

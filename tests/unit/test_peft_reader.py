@@ -120,7 +120,6 @@ CONFIG_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "this model has no experts"),
     ({"target_parameters": "q_proj.weight"}, "target_parameters must be a list"),
     ({"target_parameters": [3]}, "target_parameters must be a list"),
-    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
     (
         {"fan_in_fan_out": True, "target_parameters": ["q_proj.weight"]},
@@ -380,3 +379,50 @@ def test_any_damage_is_a_typed_refusal_or_accepted(
         assert error.reasons
     finally:
         shutil.rmtree(folder)
+
+
+REFUSED_WITH_ALORA: list[tuple[dict[str, Any], str]] = [
+    ({"alora_invocation_tokens": "go"}, "must be a list of up to 512 token ids"),
+    ({"alora_invocation_tokens": 7}, "must be a list"),
+    ({"alora_invocation_tokens": [1, -1]}, "must be a list"),
+    ({"alora_invocation_tokens": [1, True]}, "must be a list"),
+    ({"alora_invocation_tokens": [1, 2.0]}, "must be a list"),
+    ({"alora_invocation_tokens": [[1]]}, "must be a list"),
+    ({"alora_invocation_tokens": {"1": 1}}, "must be a list"),
+    ({"alora_invocation_tokens": [1] * 513}, "must be a list"),
+    ({"alora_invocation_tokens": [1 << 40]}, "must be a list"),
+    ({"alora_invocation_tokens": [5, 320]}, "token id 320, outside the vocabulary of 320"),
+    ({"task_type": None}, "task_type None: PEFT activates LoRA for CAUSAL_LM only"),
+    ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS'"),
+    ({"task_type": [1]}, "task_type list"),
+    ({"use_dora": True}, "alora_invocation_tokens with use_dora"),
+    ({"target_parameters": ["x.weight"]}, "alora_invocation_tokens with target_parameters"),
+    ({"bias": "all"}, "alora_invocation_tokens with bias"),
+    ({"modules_to_save": ["lm_head"]}, "alora_invocation_tokens with modules_to_save"),
+    ({"trainable_token_indices": [3]}, "alora_invocation_tokens with trainable_token_indices"),
+    ({"init_lora_weights": "mica"}, "PEFT has no activated MiCA"),
+]
+
+
+@pytest.mark.parametrize(("changes", "word"), REFUSED_WITH_ALORA, ids=lambda v: str(v)[:40])
+def test_what_does_not_go_with_activated_lora(
+    adapter: Path, schema: ModelSchema, changes: dict[str, Any], word: str
+) -> None:
+    _edit_config(adapter, **{"alora_invocation_tokens": [5, 6], **changes})
+    assert any(word in reason for reason in _reasons(adapter, schema)), _reasons(adapter, schema)
+
+
+def test_the_invocation_is_part_of_the_version(adapter: Path, schema: ModelSchema) -> None:
+    plain = _read(adapter, schema)[0].ref
+    _edit_config(adapter, alora_invocation_tokens=None)
+    assert _read(adapter, schema)[0].ref.digest == plain.digest
+    _edit_config(adapter, alora_invocation_tokens=[])  # plain LoRA for PEFT
+    assert _read(adapter, schema)[0].ref == plain and plain.invocation == ()
+    digests = {plain.digest}
+    for tokens in ([5, 6], [6, 5], [5], [0], [319]):
+        _edit_config(adapter, alora_invocation_tokens=tokens)
+        weights, report = _read(adapter, schema)
+        assert weights.ref.invocation == tuple(tokens)
+        assert f"these tokens on: {', '.join(map(str, tokens))}" in report.format()
+        digests.add(weights.ref.digest)
+    assert len(digests) == 6

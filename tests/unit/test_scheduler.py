@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -49,10 +50,15 @@ class World:
         self.in_flight: StepPlan | None = None
 
     def add(
-        self, prompt: list[int], answer: int = 4, adapters: tuple[tuple[str, float], ...] = ()
+        self,
+        prompt: list[int],
+        answer: int = 4,
+        adapters: tuple[tuple[str, float], ...] = (),
+        starts: tuple[int | None, ...] = (),
     ) -> Sequence:
         refs = tuple((AdapterRef(d, d, "", 4, 1), scale) for d, scale in adapters)
-        request = Request(str(self.count), tuple(prompt), SamplingParams(max_tokens=answer), refs)
+        params = SamplingParams(max_tokens=answer)
+        request = Request(str(self.count), tuple(prompt), params, refs, starts=starts)
         sequence = Sequence(self.count, request, 0, 0, queued_at=self.now)
         self.count += 1
         self.scheduler.add(sequence)
@@ -448,3 +454,96 @@ def test_pins_replacements_and_sums_never_deadlock(
     assert pinned == world.pool.pins <= set(world.pool.resident())
     registry.check_integrity()
     world.run()
+
+
+class Computing(World):
+    """With a KV cache: of each slot, everything that its keys and values were computed from."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.slots: dict[tuple[int, int], object] = {}
+
+    def check(self, plan: StepPlan) -> None:
+        """Run it."""
+        super().check(plan)
+        size = self.scheduler.blocks.block_size
+        for row in plan.rows:
+            sequence = self.scheduler._by_id[row.sequence_id]
+            digest_at = {self.pool.row_of(digest): digest for digest in sequence.digests}
+            members = [part for count, part in row.parts() for _ in range(count)]
+            end = row.start + len(row.token_ids)
+            for place in range(row.start, end):
+                token = row.token_ids[place - row.start]
+                if token == PENDING:
+                    token = _tokens(sequence, place - sequence.num_prompt + 1)[-1]
+                before = self.slots[_slot(row, place - 1, size)] if place else None
+                own = members[place - row.start]
+                applied = frozenset((digest_at[p], scale) for p, scale in own)
+                self.slots[_slot(row, place, size)] = hash((before, token, applied))
+            assert self.slots[_slot(row, end - 1, size)] == self.wanted(sequence, end)
+
+    def wanted(self, sequence: Sequence, end: int) -> object:
+        answer = _tokens(sequence, max(0, end - sequence.num_prompt))
+        found: object = None
+        for place, token in enumerate([*sequence.request.prompt_token_ids, *answer][:end]):
+            pairs = zip(sequence.composition, sequence.starts, strict=True)
+            applied = frozenset(member for member, start in pairs if start <= place)
+            found = hash((found, token, applied))
+        return found
+
+
+def _slot(row: Row, place: int, size: int) -> tuple[int, int]:
+    return row.block_table[place // size], place % size
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ahead=st.booleans(),
+    seed=st.integers(0, 10_000),
+    blocks=st.integers(12, 40),
+    tokens=st.integers(3, 40),
+    patience=st.sampled_from([0.0, 2.0, 30.0]),
+)
+def test_activated_adapters_read_what_was_computed_as_they_would(
+    ahead: bool, seed: int, blocks: int, tokens: int, patience: float
+) -> None:
+    """Chunks, preemptions, evictions and shared prefixes: every token attends to keys and values that
+    came about from the same tokens under the same adapters, each from its own beginning on."""
+    rng = random.Random(seed)
+    world = Computing(blocks=blocks, tokens=tokens, max_loras=3, patience=patience, ahead=ahead)
+    alive: list[Sequence] = []
+    for _ in range(60):
+        if rng.random() < 0.5 and len(alive) < 14:
+            prompt = [1] * rng.randint(1, 22)
+            names = rng.sample("abcde", rng.randint(0, 3))
+            adapters = tuple((name, rng.choice([0.5, 1.0])) for name in names)
+            starts = tuple(rng.choice([0, None, rng.randrange(len(prompt))]) for _ in names)
+            answer = rng.randint(1, 8)
+            alive.append(world.add(prompt, answer=answer, adapters=adapters, starts=starts))
+        if rng.random() < 0.1:
+            world.pool.drop(rng.choice("abcde"))
+        world.step()
+    world.run(4000)
+    for sequence in alive:
+        assert sequence.output_ids == _tokens(sequence, sequence.request.params.max_tokens or 0)
+
+
+def test_a_prefix_before_the_beginning_is_everybodys() -> None:
+    world = World(max_loras=3, tokens=200)
+    talk = list(range(22))
+    world.add([*talk, 7, 7])
+    world.run()
+    asked = [
+        world.add([*talk, 50, 60, 61], adapters=((name, 1.0),), starts=(22,)) for name in "abc"
+    ]
+    plain = world.add([*talk, 50, 60, 61], adapters=(("a", 1.0),))
+    idle = world.add([*talk, 8, 8], adapters=(("b", 1.0),), starts=(None,))
+    world.step()
+    assert not idle.held and idle in world.scheduler.running, "it waits for no adapter"
+    world.run()
+    assert [sequence.num_cached for sequence in asked] == [20, 20, 20]
+    assert plain.num_cached == 0 and idle.num_cached == 20
+    once_more = world.add([*talk, 50, 60, 61, 3], adapters=(("a", 1.0),), starts=(22,))
+    other = world.add([*talk, 50, 60, 61, 3], adapters=(("a", 0.5),), starts=(22,))
+    world.run()
+    assert (once_more.num_cached, other.num_cached) == (24, 20)

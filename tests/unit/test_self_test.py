@@ -36,6 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"target_modules": "all-linear"},
     {"target_modules": r".*\.[12]\.mlp\.(up|down)_proj", "rank_pattern": {r"2\.mlp\.up_proj": 1}},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+    {"alora_invocation_tokens": [5, 6]},
 ]
 
 

@@ -28,6 +28,7 @@ from loramux.adapters.header import (
 )
 from loramux.adapters.heads import HeadBinding, bind_head, split_heads
 from loramux.adapters.host_cache import HostMemory
+from loramux.adapters.invocation import reasons_of_places
 from loramux.adapters.linears import (
     bind_linears,
     forgotten_linears,
@@ -130,6 +131,7 @@ def read_adapter(
             name,
             ", ".join(summarise(bindings.left_out)),
         )
+    assert peft_config is not None
     rows = bindings.rows()
     layout, stored = _lay_out(bindings)
     source = AdapterSource(
@@ -150,6 +152,7 @@ def read_adapter(
         adapts_encoder=any(binding.module in schema.towers for binding in bindings),
         labels=bindings.head.labels if bindings.head else (),
         affine=bool(bindings.vectors),
+        invocation=peft_config.invocation,
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
 
@@ -170,6 +173,7 @@ def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> Bin
         num_modules=len(bound),
         unadapted=tuple(m for m in schema.modules if m not in bound),
         labels=ref.labels,
+        invocation=ref.invocation,
     )
 
 
@@ -207,7 +211,10 @@ def _bind(
         reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema, config)
     elif left_out:
         reasons.append("all of it is on towers and connectors: nothing would be left to serve")
-    return _Bindings(linear, of_experts, left_out=left_out), reasons + _no_parameter(peft, schema)
+    bindings = _Bindings(linear, of_experts, left_out=left_out)
+    in_towers = [binding.module for binding in bindings if binding.module in schema.towers]
+    reasons += reasons_of_places(peft.invocation, schema.vocab_size, bool(experts), in_towers)
+    return bindings, reasons + _no_parameter(peft, schema)
 
 
 def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:

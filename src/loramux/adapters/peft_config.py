@@ -14,6 +14,13 @@ from typing import Any
 import regex
 
 from loramux.adapters.initialisations import reason_against
+from loramux.adapters.invocation import (
+    INVOCATION,
+    MAX_TOKENS,
+    invocation_of,
+    is_badly_typed,
+    reasons_against,
+)
 from loramux.adapters.peft_patterns import Matcher, PatternTable, at_the_end, is_plain
 
 CONFIG_NAME = "adapter_config.json"
@@ -40,6 +47,7 @@ SUPPORTED = {
     "use_dora",
     "bias",
     "lora_bias",
+    INVOCATION,
 }
 
 # Keys that change nothing at inference, whatever their value.
@@ -71,7 +79,6 @@ REFUSED = {
     "modules_to_save": "fully trained modules are not served yet, but for the classification "
     "head (score or classifier) of task_type SEQ_CLS",
     "trainable_token_indices": "trained token embeddings are not served yet",
-    "alora_invocation_tokens": "activated LoRA is not served yet",
     "layer_replication": "layer replication makes another base model, with more layers, out of "
     "copies of these; one base model serves all adapters",
     "megatron_config": "Megatron layers are not served",
@@ -100,6 +107,7 @@ class PeftConfig:
     use_dora: bool = False
     lora_bias: bool = False
     bias: str = "none"
+    invocation: tuple[int, ...] = ()  # tokens from which it applies; () is everywhere
 
     @property
     def targets_all_linear(self) -> bool:
@@ -181,6 +189,8 @@ def read_config(folder: Path) -> tuple[PeftConfig | None, bytes, list[str]]:
     reasons = _unserved(data) + _badly_typed(data)
     config = None if _badly_typed(data) else _build(data)
     canonical = {key: data[key] for key in sorted(data) if key in SUPPORTED}
+    if not canonical.get(INVOCATION):
+        canonical.pop(INVOCATION, None)  # PEFT writes null into every configuration
     return config, json.dumps(canonical, sort_keys=True).encode(), reasons
 
 
@@ -202,7 +212,7 @@ def _unserved(data: dict[str, Any]) -> list[str]:
         reasons.append("use_dora and lora_bias do not go together, in PEFT neither")
     if against := reason_against(data.get("init_lora_weights", True)):
         reasons.append(against)
-    return reasons
+    return reasons + reasons_against(data)
 
 
 def _said(value: Any) -> str:
@@ -265,6 +275,8 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
             reasons.append(f"{key} must be true or false, not {_said(data[key])}")
     if data.get("bias") not in (*BIASES, None, False, ""):
         reasons.append(f"bias must be one of {', '.join(BIASES)}, not {_said(data['bias'])}")
+    if is_badly_typed(data):
+        reasons.append(f"{INVOCATION} must be a list of up to {MAX_TOKENS} token ids")
     layers = data.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(n) for n in numbers):
@@ -326,6 +338,7 @@ def _build(data: dict[str, Any]) -> PeftConfig:
         use_dora=bool(data.get("use_dora")),
         lora_bias=bool(data.get("lora_bias")),
         bias=data.get("bias") or "none",
+        invocation=invocation_of(data),
     )
 
 

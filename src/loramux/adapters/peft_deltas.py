@@ -27,6 +27,7 @@ class PeftDeltas:
         config: Any = peft.LoraConfig.from_pretrained(str(folder))
         config.task_type = config.modules_to_save = config.target_parameters = None
         config.init_lora_weights = True  # what it sets is overwritten
+        config.alora_invocation_tokens = None  # activations have no tokens
         if not isinstance(config.target_modules, str) or config.target_modules == "all-linear":
             config.target_modules = set(self.factors)
             config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

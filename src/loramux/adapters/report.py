@@ -63,6 +63,7 @@ class BindingReport:
     num_modules: int
     unadapted: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()  # of its classification head
+    invocation: tuple[int, ...] = ()  # of an activated LoRA
 
     @property
     def max_r(self) -> int:
@@ -89,6 +90,9 @@ class BindingReport:
         )
         if self.labels:
             lines.append(f"a classification head of {len(self.labels)}: {', '.join(self.labels)}")
+        if self.invocation:
+            tokens = ", ".join(map(str, self.invocation))
+            lines.append(f"applies from the last occurrence of these tokens on: {tokens}")
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@
     prefill.py                        the part of decode.py that reads long prompts
     profile.py                        the same engine under a profiler
     media.py                          requests with images, in this process
+    alora.py                          a conversation evaluated by adapters, in this process
     kernels.py, kernel_set.py         on the ops alone
     sitting.py                        options, folders and results of one run of a command
     jobs.py                           one engine in one process, and the driver's view of it
@@ -31,13 +32,14 @@ workloads:
   throughput   tokens/s of many requests at once (--requests N), or of a small model beside
                transformers and PEFT, with time to first token and peak memory
   load         what the first use of an adapter costs its request, and all other streams
+  alora        time to first token of activated LoRA that evaluates a conversation, beside plain
   media        requests with an image each, over adapters on language model and tower
   kernels      microseconds of the products and LoRA kernels at a model's sizes
   profile      where the microseconds of a step go, kernel by kernel
 
 loramux bench WORKLOAD --help lists its options."""
 
-WORKLOADS = ("decode", "throughput", "load", "media", "kernels", "profile")
+WORKLOADS = ("decode", "throughput", "load", "alora", "media", "kernels", "profile")
 
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, list[str]] | None = None) -> int:

@@ -262,7 +262,7 @@ def packed_bytes(config: EngineConfig) -> int:
     # A captured step has a sequence for each token, and room for those of prompts.
     captured = 21 * max(captured_sizes(config)) + 4 * members + pages
     captured += REREAD_POSITIONS // config.block_size
-    mixed = 12 * tokens + 9 * sequences + 4 * members + pages
+    mixed = 12 * tokens + 9 * sequences + 8 * members + pages
     return 4 * (captured + mixed) + MIB // 4  # fields start 16 bytes apart
 
 

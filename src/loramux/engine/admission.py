@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig
+from loramux.engine.activation import inside_media, starts_of
 from loramux.engine.pooling import PoolingModel
 from loramux.engine.validation import validate_pooling, validate_request
 from loramux.errors import InvalidField
@@ -20,6 +22,10 @@ from loramux.types import (
     SamplingParams,
     compose,
 )
+
+logger = logging.getLogger(__name__)
+
+MOST_WARNED = 10_000  # versions that are remembered
 
 Acquired = tuple[tuple[AdapterRef, float], ...]
 
@@ -42,6 +48,7 @@ class Admission:
         self._store = store
         self._vocab_size = vocab_size
         self._pooling = pooling
+        self._warned: set[str] = set()  # digests
 
     def admit(
         self,
@@ -67,11 +74,28 @@ class Admission:
         try:
             self._pooling.check(pooling, acquired)
             self._check_affine(acquired)
+            starts = starts_of([ref for ref, _ in acquired], prompt)
+            _check_starts(starts, acquired, media)
         except Exception:
             self.release(acquired)
             raise
         arrival_s = time.monotonic()
-        return Request(request_id, prompt, sampling, acquired, arrival_s, media, pooling)
+        request = Request(request_id, prompt, sampling, acquired, arrival_s, media, pooling, starts)
+        self._warn_of(request)
+        return request
+
+    def _warn_of(self, request: Request) -> None:
+        """Say in the log, once for each version, that a prompt did not invoke an adapter."""
+        for (ref, _), start in zip(request.adapters, request.starts, strict=False):
+            if start is None and ref.digest not in self._warned:
+                if len(self._warned) >= MOST_WARNED:
+                    self._warned.clear()
+                self._warned.add(ref.digest)
+                logger.warning(
+                    "adapter %r was not invoked: a prompt lacks its alora_invocation_tokens %s, so the "
+                    "base model answers without it, as in PEFT (said once for each version)",
+                    *(ref.name, list(ref.invocation[:16])),
+                )
 
     def release(self, acquired: Acquired) -> None:
         """Count one user less of each adapter."""
@@ -92,6 +116,13 @@ class Admission:
                     field="lora",
                     remedy="leave its scale at 1",
                 )
+        last = max((at for at, (digest, _) in enumerate(members) if refs[digest].affine), default=0)
+        if any(refs[digest].invocation for digest, _ in members[:last]):
+            raise InvalidField(
+                "in a sum, an activated adapter must come behind those with DoRA or trained biases: it "
+                "begins to apply later",
+                field="lora",
+            )
         if self._sums_early and any(refs[digest].affine for digest, _ in members[:-1]):
             raise InvalidField(
                 "with fully_sharded_loras an adapter with DoRA or trained biases must be the last of a "
@@ -116,3 +147,18 @@ class Admission:
                 field="lora",
             )
         return acquired
+
+
+def _check_starts(
+    starts: Sequence[int | None], acquired: Acquired, media: MediaPrompt | None
+) -> None:
+    """Raise InvalidField for an adapter that is invoked amid the vectors of an image, sound or video."""
+    found = inside_media(starts, media.items if media else ())
+    if found is not None:
+        number, item = found
+        raise InvalidField(
+            f"the invocation of adapter {acquired[number][0].name!r} begins inside the tokens of "
+            f"{'an' if item.modality in ('image', 'audio') else 'a'} {item.modality}",
+            field="prompt",
+            remedy="end the prompt with the adapter's alora_invocation_tokens, as text",
+        )

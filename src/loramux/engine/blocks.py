@@ -3,7 +3,9 @@
     block      `block_size` consecutive positions of one sequence
     chain key  SHA-256 over (key of the block before, its tokens, the media in them); the first link
                is the composition, so that blocks written under one adapter version are never read
-               under another
+               under another. Adapters that begin to apply later, as activated LoRA does, are a link of
+               their own before the first block that they touch: blocks before it are those of the
+               sequences that have the same tokens and adapters so far
 
 A block whose last user is gone keeps its content, and its key, until it is needed for something
 else; the least recently freed goes first.
@@ -22,6 +24,11 @@ from loramux.types import Composition
 def chain_root(composition: Composition) -> bytes:
     """First link of the chain: digests and scales."""
     return hashlib.sha256(repr(composition).encode()).digest()
+
+
+def chain_join(previous: bytes, joining: Sequence[tuple[str, float, int]]) -> bytes:
+    """Link before a block within which adapters begin to apply: digests, scales and first tokens."""
+    return hashlib.sha256(previous + repr(joining).encode()).digest()
 
 
 def chain_key(previous: bytes, token_ids: Sequence[int], media: bytes = b"") -> bytes:

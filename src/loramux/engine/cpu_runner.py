@@ -161,13 +161,13 @@ class CpuRunner(Runner):
         """Runs of tokens with equal members; None when no row has an adapter."""
         runs: list[tuple[int, int, tuple[tuple[int, float], ...]]] = []
         token = 0
-        for row in rows:
-            end = token + len(row.token_ids)
-            if row.members:
-                if runs and runs[-1][1] == token and runs[-1][2] == row.members:
-                    runs[-1] = (runs[-1][0], end, row.members)
+        for count, members in (part for row in rows for part in row.parts()):
+            end = token + count
+            if members:
+                if runs and runs[-1][1] == token and runs[-1][2] == members:
+                    runs[-1] = (runs[-1][0], end, members)
                 else:
-                    runs.append((token, end, row.members))
+                    runs.append((token, end, members))
             token = end
         if not runs:
             return None

@@ -19,7 +19,7 @@ from loramux.layers.sharded import deal_out, parted
 def lora_step(
     rows: Sequence[Row], rank_rows: Mapping[int, int], affine_rows: Set[int], deal: int
 ) -> LoRAStep | None:
-    """The step's adapters, a chunk for each of `rows` that has any; None where none has.
+    """The step's adapters, a chunk for each part of `rows` that has any; None where none has.
 
     `rank_rows` maps an adapter's first pool row to its rank rows, `affine_rows` has those of adapters
     with gains and shifts; pool rows are multiples of `deal`, and so are the columns in which a member's
@@ -27,11 +27,11 @@ def lora_step(
     chunks: list[list[int]] = []
     members: list[tuple[int, int, float, int]] = []  # row, column, scale, rank rows
     width = token = 0
-    for row in rows:
-        end = token + len(row.token_ids)
-        if row.members:
+    for count, own in (part for row in rows for part in row.parts()):
+        end = token + count
+        if own:
             first, column = len(members), 0
-            for place, scale in row.members:
+            for place, scale in own:
                 r = rank_rows[place]
                 members.append((place, column, scale, r + (AFFINE if place in affine_rows else 0)))
                 column += r + -r % deal

@@ -251,9 +251,9 @@ class Engine:
             self.writer.open(answer)
             self.scheduler.add(answer)
         if self.loads is not None and self.scheduler.adapters is not None:
-            for ref, _ in opened.request.adapters:
-                if not self.scheduler.adapters.is_resident(ref.digest):
-                    self.loads.prefetch(ref)
+            for digest in opened.answers[0].digests:
+                if not self.scheduler.adapters.is_resident(digest):
+                    self.loads.prefetch(opened.answers[0].refs[digest])
 
     def _cancel(self, request_id: str) -> None:
         if (opened := self._open.get(request_id)) is None:

@@ -18,19 +18,20 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.graphs import REREAD_POSITIONS, active_buckets, row_buckets
+from loramux.config.graphs import REREAD_POSITIONS
 from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import attention_batch, make_planner
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
 from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
 from loramux.engine.hidden import pooling
 from loramux.engine.logits import SharedLogits, likeliest
-from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
+from loramux.engine.lora_choice import LoRAChoice
 from loramux.engine.packing import (
     Capacity,
     PackedStep,
     Run,
     StepShape,
+    active_runs,
     chunk_rows,
     decodes_first,
     fill,
@@ -43,12 +44,11 @@ from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
 from loramux.engine.singles import Limits, single_tokens
 from loramux.engine.trial import failing_sizes, trial_rows
-from loramux.engine.tuning import load_costs
+from loramux.engine.tuning import active_buckets_of, make_chooser
 from loramux.engine.warm_up import StepLimits, places, warm_up, whole_row
 from loramux.kernels import AttentionBatch, take_tokens
 from loramux.layers.batch import LoRAStep, Overlay
 from loramux.layers.sharded import deal_out, parted
-from loramux.layers.tower import TowerLinear
 from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ class GpuRunner(Runner):
                 *(attached.attentions, self._decode, self._mixed),
                 *(self.block_size, attached.model.dtype),
             )
-            self._chooser = self._make_chooser(facts)
+            self._active = active_buckets_of(config.lora)
+            self._chooser = make_chooser(attached, config, facts, self._device)
         with self._taking("graphs", needs.graphs):
             self._graphs = self._capture()
             sizes = self._graphs.sizes if self._graphs else []
@@ -177,8 +178,8 @@ class GpuRunner(Runner):
         elif not choice.base_rows and choice.width > self._graph_width:
             return None  # a sum of many adapters: wider than what was captured
         else:
-            active = sum(1 for run in runs if run.members)
-            key = GraphKey(size, True, choice.base_rows, self._active_bucket(active, size))
+            active = self._active_bucket(active_runs(runs), size)
+            key = GraphKey(size, True, choice.base_rows, active)
         key = key.keeping(self.config.max_num_seqs)
         captured = graphs.get(key)
         return None if captured is None else (key, captured)
@@ -396,22 +397,8 @@ class GpuRunner(Runner):
         room = pages + largest + REREAD_POSITIONS // self.block_size
         self._decode = PackedStep(Capacity(largest, largest, few, room), self._device)
         tokens = max(config.max_num_batched_tokens, sequences)
-        self._mixed = PackedStep(Capacity(tokens, sequences, members, pages), self._device)
+        self._mixed = PackedStep(Capacity(tokens, sequences, 2 * members, pages), self._device)
         self._chosen = torch.zeros(max(largest, sequences), dtype=torch.int64, device=self._device)
-
-    def _make_chooser(self, facts: ModelFacts) -> LoRAChooser | None:
-        lora = self.config.lora
-        self._active: list[int] = []
-        if lora is None or not (self.attached.sites or self.attached.experts):
-            return None
-        if lora.specialize_active_lora:
-            self._active = active_buckets(lora.max_loras)
-        linears = [s for s in self.attached.sites if not isinstance(s, TowerLinear)]
-        sites = [s for s in linears if s.extends_product] or linears
-        buckets = row_buckets(sites[0].pool_rows) if sites and sites[0].extends_product else []
-        costs = load_costs(sites, lora, facts, measure=self._on_gpu)
-        # One choice on all ranks: it decides what is captured, and so what meets in collectives.
-        return LoRAChooser(buckets, self.group.share(costs, self._device))
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         lora = self.config.lora

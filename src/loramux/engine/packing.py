@@ -34,7 +34,7 @@ class Capacity:
 
     tokens: int
     sequences: int
-    members: int
+    members: int  # of all parts of rows: a row in which an adapter begins has the others twice
     pages: int  # blocks of all sequences together
 
     def fields(self) -> dict[str, int]:
@@ -179,17 +179,28 @@ def leading_decodes(rows: Sequence[Row]) -> int:
 
 
 def runs_of(rows: Sequence[Row]) -> list[Run]:
-    """Rows with equal members, joined where they are neighbours."""
+    """Rows, or parts of rows, with equal members, joined where they are neighbours."""
     runs: list[Run] = []
     token = 0
     for row in rows:
-        end = token + len(row.token_ids)
-        if runs and runs[-1].members == row.members:
-            runs[-1] = Run(runs[-1].start, end, row.members)
+        if row.before is None:
+            parts: Sequence[tuple[int, Members]] = ((len(row.token_ids), row.members),)
         else:
-            runs.append(Run(token, end, row.members))
-        token = end
+            parts = row.parts()
+        for count, members in parts:
+            end = token + count
+            if runs and runs[-1].members == members:
+                runs[-1] = Run(runs[-1].start, end, members)
+            else:
+                runs.append(Run(token, end, members))
+            token = end
     return runs
+
+
+def active_runs(runs: Sequence[Run]) -> int:
+    """Compositions that a captured step must have room for beside one run of the base model, whose
+    tokens stand in several places where adapters begin within rows."""
+    return max(sum(1 for run in runs if run.members), len(runs) - 1)
 
 
 def fill(

@@ -58,7 +58,8 @@ class RowMedia:
 class Row:
     """One sequence's share of a step: tokens at positions [start, start + len(token_ids)).
 
-    The last token may be `PENDING`: the device takes it from the step before.
+    The last token may be `PENDING`: the device takes it from the step before. Where an activated LoRA
+    begins within, `before` says how many tokens come before that, and the members of those.
     """
 
     sequence_id: int
@@ -71,16 +72,24 @@ class Row:
     sample: SampleSpec | None  # None while the prompt is not finished
     shift: int = 0  # from the index of a token to its position, where `media` does not say it
     media: RowMedia | None = None
+    before: tuple[int, tuple[tuple[int, float], ...]] | None = None
+
+    def parts(self) -> tuple[tuple[int, tuple[tuple[int, float], ...]], ...]:
+        """(tokens, members) of the one or two parts in which the members are the same."""
+        count = len(self.token_ids)
+        if self.before is None:
+            return ((count, self.members),)
+        return self.before, (count - self.before[0], self.members)
 
     def __reduce__(self) -> tuple[type[Row], tuple[object, ...]]:
         # What dataclasses do, field by field, takes longer than the rest of a step's message.
         fields = (self.sequence_id, self.token_ids, self.start, self.block_table, self.members)
-        return Row, (*fields, self.sample, self.shift, self.media)
+        return Row, (*fields, self.sample, self.shift, self.media, self.before)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Rows with equal members are neighbours; base rows come first.
+    """One step. Rows with equal (last) members are neighbours; base rows come first.
 
     Before it the encoder's vectors of `forget` are given up and those of `encode` made. `pooled` are the
     sequences whose prompt ends in this step and that want its last hidden state."""
@@ -102,7 +111,7 @@ class StepPlan:
                 if row.sample is None
                 else Row(
                     *(row.sequence_id, row.token_ids, row.start, row.block_table, row.members),
-                    *(CHOSEN_ELSEWHERE, row.shift, row.media),
+                    *(CHOSEN_ELSEWHERE, row.shift, row.media, row.before),
                 )
                 for row in self.rows
             ),

@@ -79,6 +79,13 @@ class PoolingModel:
         elif params.task == "embed":
             if self.no_embeddings is not None:
                 raise InvalidField(self.no_embeddings, field="model")
+        elif activated := [ref.name for ref, _ in adapters if ref.invocation]:
+            raise InvalidField(
+                f"adapter {', '.join(map(repr, activated))} is an activated LoRA, which PEFT applies "
+                "nowhere when it classifies",
+                field="lora",
+                remedy="leave it out",
+            )
         elif len(heads) > 1:
             raise InvalidField(
                 f"the adapters {names} have a classification head each, and a request has one",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loramux.engine.activation import members_of_row
 from loramux.engine.encoder_cache import encoder_key
 from loramux.engine.media_spans import vectors_between
 from loramux.engine.plan import PENDING, Row, RowMedia, SampleSpec
@@ -16,15 +17,19 @@ def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:
     token_ids = tuple(sequence.tokens[start:end])
     if end > len(sequence.tokens):
         token_ids += (PENDING,)
+    members, before = sequence.members, None
+    if sequence.last_start > start:
+        members, before = members_of_row(members, sequence.starts, start, end)
     return Row(
         sequence_id=sequence.sequence_id,
         token_ids=token_ids,
         start=start,
         block_table=sequence.block_table,
-        members=sequence.members,
+        members=members,
         sample=_sample_spec(sequence) if end == sequence.length and not sequence.pools else None,
         shift=sequence.shift,
         media=row_media(sequence, start, end, see_whole) if sequence.items else None,
+        before=before,
     )
 
 

@@ -132,7 +132,7 @@ class Scheduler:
         todo = [(s, s.length - s.num_computed) for s in self.running if not s.ends_with_pending]
         todo.sort(key=lambda item: item[1] > 1)  # decodes first
         for sequence, missing in todo:
-            count = min(missing, budget)
+            count = sequence.in_one_row(sequence.num_computed, min(missing, budget))
             if count == 0 or sequence not in self.running:
                 continue  # no budget, or preempted by one before it
             if sequence.items:
@@ -263,7 +263,7 @@ class Scheduler:
         prefix = sequence.cached_prefix(self.blocks)
         cached = len(prefix) * self.blocks.block_size
         members = self._places.members(sequence)
-        count = min(sequence.num_tokens - cached, budget)
+        count = sequence.in_one_row(cached, min(sequence.num_tokens - cached, budget))
         if sequence.items:
             count = self.media.count(sequence, cached, count, members)
             if count == 0:

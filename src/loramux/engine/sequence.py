@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loramux.engine.blocks import BlockPool, chain_key, chain_root
+from loramux.engine.activation import composed, until_second
+from loramux.engine.blocks import BlockPool, chain_join, chain_key, chain_root
 from loramux.engine.media_spans import content_key, in_order
 from loramux.types import AdapterRef, Composition, FinishReason, MediaItem, Request
 
@@ -39,7 +41,9 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # chain keys of the full blocks of `tokens`
     held: tuple[str, ...] = ()  # digests held in the adapter pool
-    composition: Composition = ()
+    composition: Composition = ()  # those that begin first in front
+    starts: tuple[int, ...] = ()  # of each, the token from which it applies
+    last_start: int = 0
     digests: tuple[str, ...] = ()
     members: tuple[tuple[int, float], ...] = ()  # while it runs: first pool row, scale
     refs: dict[str, AdapterRef] = field(default_factory=dict)
@@ -55,7 +59,11 @@ class Sequence:
         self.tokens = list(self.request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
         self.max_length = self.num_prompt + (self.request.params.max_tokens or sys.maxsize)
-        self.composition = self.request.composition
+        if self.elder is not None:
+            self.composition, self.starts = self.elder.composition, self.elder.starts
+        else:
+            self.composition, self.starts = composed(self.request)
+        self.last_start = self.starts[-1] if self.starts else 0
         self.digests = tuple(digest for digest, _ in self.composition)
         self.refs = {ref.digest: ref for ref, _ in self.request.adapters}
         if (media := self.request.media) is not None:
@@ -119,9 +127,24 @@ class Sequence:
         while (len(self.keys) + 1) * block_size <= len(self.tokens):
             start = len(self.keys) * block_size
             end = start + block_size
-            previous = self.keys[-1] if self.keys else chain_root(self.composition)
+            previous = self.keys[-1] if self.keys else chain_root(self._from_the_first())
+            if self.last_start >= start and (joining := self._beginning(max(1, start), end)):
+                previous = chain_join(previous, joining)
             media = content_key(self.items, start, end) if self.items else b""
             self.keys.append(chain_key(previous, self.tokens[start:end], media))
+
+    def _from_the_first(self) -> Composition:
+        """Its adapters that apply from the first token on."""
+        return self.composition[: bisect_left(self.starts, 1)]
+
+    def _beginning(self, start: int, stop: int) -> tuple[tuple[str, float, int], ...]:
+        """(digest, scale, first token) of the adapters that begin to apply at tokens [start, stop)."""
+        found = range(bisect_left(self.starts, start), bisect_left(self.starts, stop))
+        return tuple((*self.composition[i], self.starts[i]) for i in found)
+
+    def in_one_row(self, start: int, count: int) -> int:
+        """How many of the `count` tokens from `start` on a row may have, see `until_second`."""
+        return until_second(self.starts, start, count) if self.last_start > start else count
 
     def cached_prefix(self, pool: BlockPool) -> list[int]:
         """Blocks of the prefix that is in the cache, leaving at least one token to compute."""

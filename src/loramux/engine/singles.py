@@ -70,13 +70,14 @@ def _cut(row: Row, block_size: int) -> list[Row]:
     last = len(row.token_ids) - 1
     if not last:
         return [row]
+    cut, early = row.before or (0, ())
     return [
         Row(
             row.sequence_id,
             (token,),
             row.start + place,
             row.block_table[: (row.start + place) // block_size + 1],
-            row.members,
+            row.members if place >= cut else early,
             row.sample if place == last else None,
             row.shift,
         )

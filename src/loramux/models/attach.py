@@ -370,6 +370,7 @@ def _build_schema(
         towers=frozenset(name for name in names if is_in(name, outside)),
         hidden_size=int(model.config.get_text_config().hidden_size),
         labels=labels_of(getattr(model.config, "id2label", None)),
+        vocab_size=int(model.config.get_text_config().vocab_size),
     )
 
 

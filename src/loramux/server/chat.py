@@ -31,6 +31,7 @@ from loramux.server.selection import (
     adapter_headers,
     check_use,
     default_adapters,
+    idle_adapters,
     select_adapters,
 )
 from loramux.server.sse import EventStream, event, guarded
@@ -47,6 +48,7 @@ class Reply:
     body: ChatCompletionRequest
     prompt: Prompt
     defaults: list[dict[str, Any]] = field(default_factory=list)
+    idle: dict[str, Any] = field(default_factory=dict)
     id: str = ""
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -78,9 +80,16 @@ class Reply:
             reply["token_ids"] = part.token_ids
         return reply
 
+    def tell(self, generation: Generation) -> None:
+        """What is known once the first event is there."""
+        self.defaults = default_adapters(generation.versions)
+        self.idle = idle_adapters(generation)
+
     def once(self) -> dict[str, Any]:
-        """What the answer says but once: the prompt's tokens, and adapters that nobody had named."""
+        """What the answer says but once: the prompt's tokens, adapters that nobody had named, and those
+        that the prompt did not invoke."""
         said: dict[str, Any] = {"lora": self.defaults} if self.defaults else {}
+        said |= self.idle
         if self.body.return_token_ids:
             said["prompt_token_ids"] = list(tokens_of(self.prompt))
         return said
@@ -125,12 +134,12 @@ async def create_chat_completion(
     generation = Generation(state, [prompt], params, adapters)
     if body.stream:
         await unless_gone(request.receive, generation.prime())
-        reply.defaults = default_adapters(generation.versions)
+        reply.tell(generation)
         events = guarded(_events(reply, generation, params.n))
-        return EventStream(events, generation.aclose, adapter_headers(generation.versions))
+        return EventStream(events, generation.aclose, adapter_headers(generation))
     choices, usage = await unless_gone(request.receive, collect(generation, [prompt], params.n))
-    reply.defaults = default_adapters(generation.versions)
-    headers = adapter_headers(generation.versions)
+    reply.tell(generation)
+    headers = adapter_headers(generation)
     return ReplyJSON(_whole(reply, choices, usage), headers=headers)
 
 

@@ -19,7 +19,12 @@ from loramux.server.generation import Choice, Generation, Usage, collect, has_ne
 from loramux.server.logprobs import completion_logprobs
 from loramux.server.protocol import CompletionRequest
 from loramux.server.sampling import check_room, completion_params
-from loramux.server.selection import adapter_headers, check_use, select_adapters
+from loramux.server.selection import (
+    adapter_headers,
+    check_use,
+    idle_adapters,
+    select_adapters,
+)
 from loramux.server.sse import EventStream, event, guarded
 from loramux.server.state import ServerState, State
 
@@ -105,15 +110,15 @@ async def create_completion(
     generation = Generation(state, prompts, params, adapters)
     if body.stream:
         await unless_gone(request.receive, generation.prime())
-        headers = adapter_headers(generation.versions)
+        headers = adapter_headers(generation)
         return EventStream(guarded(_events(reply, generation)), generation.aclose, headers)
     whole = collect(generation, prompts, params.n)
     choices, usage = await unless_gone(request.receive, whole)
     listed = [
         reply.choice(index, choice, first=True, offset=0)[0] for index, choice in enumerate(choices)
     ]
-    content = reply.envelope(listed) | {"usage": usage.as_reply()}
-    return ReplyJSON(content, headers=adapter_headers(generation.versions))
+    content = reply.envelope(listed) | {"usage": usage.as_reply()} | idle_adapters(generation)
+    return ReplyJSON(content, headers=adapter_headers(generation))
 
 
 async def _events(reply: Reply, generation: Generation) -> AsyncIterator[bytes]:

@@ -6,8 +6,10 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
+from loramux.engine.activation import not_invoked
 from loramux.errors import EngineError, EngineStopped
 from loramux.server.metrics import Meter
 from loramux.server.state import ServerState
@@ -64,6 +66,8 @@ class Generation:
         self._failed = False
         self.versions: list[Version] = []
         """Which versions answer, each once; known as soon as the first event is."""
+        self.not_invoked: list[Version] = []
+        """Activated LoRAs that at least one prompt did not invoke, each once."""
         self._meter = Meter(state.metrics, adapters, choices=self._unfinished)
 
     async def prime(self) -> None:
@@ -87,7 +91,7 @@ class Generation:
                 self._prompts[prompt],
                 self._params,
                 self._adapters,
-                self._admitted,
+                partial(self._admitted, prompt),
             ):
                 event = Event(prompt, prompt * self._params.n + delta.index, delta)
                 finished += delta.finished
@@ -98,10 +102,14 @@ class Generation:
         except Exception as error:
             self._queue.put_nowait(error)
 
-    def _admitted(self, refs: Sequence[AdapterRef]) -> None:
+    def _admitted(self, prompt: int, refs: Sequence[AdapterRef]) -> None:
         """Several prompts may get several versions, where one is replaced between them."""
-        named = zip((use.name for use in self._adapters), refs, strict=True)
+        named = list(zip((use.name for use in self._adapters), refs, strict=True))
         self.versions += [version for version in named if version not in self.versions]
+        idle = not_invoked(refs, tokens_of(self._prompts[prompt]))
+        self.not_invoked += [
+            version for version in named if version[1] in idle and version not in self.not_invoked
+        ]
 
     async def _next(self) -> Event:
         item = await self._queue.get()

@@ -52,7 +52,7 @@ async def pool(
     }
     parts = [part async for part in _encoded(items)]
     content = encode(head)[:-1] + b',"data":[' + b",".join(parts) + b"]}"
-    headers = adapter_headers(generation.versions)
+    headers = adapter_headers(generation)
     return Response(content, headers=headers, media_type="application/json")
 
 

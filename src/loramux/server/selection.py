@@ -10,7 +10,7 @@ from urllib.parse import quote
 from loramux.engine.default_adapters import MARK, choose_adapters, is_default
 from loramux.errors import InvalidField, UnknownModel
 from loramux.server.access import Access
-from loramux.server.generation import Version
+from loramux.server.generation import Generation, Version
 from loramux.server.pooling_protocol import PoolingBody
 from loramux.server.protocol import GenerationBody
 from loramux.server.state import ServerState
@@ -18,6 +18,7 @@ from loramux.types import AdapterUse
 
 ADAPTERS_HEADER = "x-loramux-adapters"
 AFFINITY_HEADER = "x-loramux-affinity"
+NOT_INVOKED_HEADER = "x-loramux-not-invoked"
 DIGEST_LENGTH = 12
 
 
@@ -88,14 +89,20 @@ def check_use(access: Access, state: ServerState, body: GenerationBody | Pooling
         access.check_use(use.name, field="lora")
 
 
-def adapter_headers(versions: Sequence[Version]) -> dict[str, str]:
-    """`name@digest` of each version that answers, percent-encoded, and what a router needs to send the
-    next such request to the same server; nothing for the base model."""
-    if not versions:
+def adapter_headers(generation: Generation) -> dict[str, str]:
+    """`name@digest` of each version that answers, percent-encoded, of those that were not invoked, and
+    what a router needs to send the next such request to the same server; nothing for the base model."""
+    if not generation.versions:
         return {}
-    items = [f"{_quoted(name)}@{ref.digest[:DIGEST_LENGTH]}" for name, ref in versions]
-    names = sorted({_quoted(name) for name, _ in versions})
-    return {ADAPTERS_HEADER: ",".join(items), AFFINITY_HEADER: "+".join(names)}
+    names = sorted({_quoted(name) for name, _ in generation.versions})
+    headers = {ADAPTERS_HEADER: _listed(generation.versions), AFFINITY_HEADER: "+".join(names)}
+    if generation.not_invoked:
+        headers[NOT_INVOKED_HEADER] = _listed(generation.not_invoked)
+    return headers
+
+
+def _listed(versions: Sequence[Version]) -> str:
+    return ",".join(f"{_quoted(name)}@{ref.digest[:DIGEST_LENGTH]}" for name, ref in versions)
 
 
 def _quoted(name: str) -> str:
@@ -109,3 +116,9 @@ def default_adapters(versions: Sequence[Version]) -> list[dict[str, Any]]:
         for name, ref in versions
         if is_default(name)
     ]
+
+
+def idle_adapters(generation: Generation) -> dict[str, Any]:
+    """What an answer's body says of activated LoRAs whose invocation a prompt lacks; mostly nothing."""
+    idle = [{"name": name, "digest": ref.digest} for name, ref in generation.not_invoked]
+    return {"not_invoked": idle} if idle else {}
