@@ -52,7 +52,7 @@ def _shrink(
         if order is not None:
             taken = tl.load(order + rows, mask=row_mask, other=0) // TOP_K
         x_rows = x + taken.to(tl.int64)[:, None] * x_stride
-        p, column, _, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+        p, column, bound = chunk[4], chunk[5], chunk[7]
         for member in range(chunk[2], chunk[3]):
             r = tl.load(lora.row_r + s * lora.pool_rows + p, mask=s < SLICES, other=0)
             r = tl.minimum(r, bound)  # [16 SPREAD]
@@ -77,7 +77,7 @@ def _shrink(
                 at += ((column + ranks) * SLICES + s)[None, :]
                 mask = row_mask[:, None] & live[None, :]
                 tl.store(at, rounded(total, lora.h.dtype.element_ty), mask=mask)
-            p, column, _, bound, _ = member_after(lora, p, member, chunk[3])
+            p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
 
 
 def lora_shrink(
