@@ -20,6 +20,9 @@ Modality = Literal["image", "audio", "video"]
 # A sum of scaled adapters: ((digest, scale), ...), sorted, no digest twice, no scale 0. () is the base.
 Composition = tuple[tuple[str, float], ...]
 
+BASE_TENANT = ""
+"""Who shares with adapters, by their names, where a request asks for none."""
+
 MAX_LOGPROBS = 20
 
 MAX_NAME_LENGTH = 128
@@ -306,6 +309,7 @@ class Request:
     arrival_s: float = 0.0
     media: MediaPrompt | None = None  # None: text alone
     pooling: PoolingParams | None = None  # None: tokens are generated
+    tenants: tuple[str, ...] = ()  # names of its adapters as asked for, sorted, each once
 
     @property
     def composition(self) -> Composition:
@@ -378,6 +382,17 @@ class Unloaded:
     freed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TenantStatus:
+    """What an adapter, or the base model (""), has in flight, in answers, and how many tokens were
+    computed for it since the start: those of prompts that were not cached, and of answers."""
+
+    name: str
+    running: int
+    waiting: int
+    tokens: int
+
+
 @dataclass(slots=True)
 class EngineStats:
     """A snapshot of counters; the cumulative ones never go down."""
@@ -404,3 +419,4 @@ class EngineStats:
     """Bytes planned at start for each part of the memory."""
 
     adapters: list[AdapterStatus] = field(default_factory=list)
+    tenants: list[TenantStatus] = field(default_factory=list)

@@ -68,7 +68,8 @@ class Admission:
             self.release(acquired)
             raise
         arrival_s = time.monotonic()
-        return Request(request_id, prompt, sampling, acquired, arrival_s, media, pooling)
+        tenants = tuple(sorted({use.name for use in uses}))
+        return Request(request_id, prompt, sampling, acquired, arrival_s, media, pooling, tenants)
 
     def release(self, acquired: Acquired) -> None:
         """Count one user less of each adapter."""
