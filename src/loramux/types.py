@@ -20,9 +20,6 @@ Modality = Literal["image", "audio", "video"]
 # A sum of scaled adapters: ((digest, scale), ...), sorted, no digest twice, no scale 0. () is the base.
 Composition = tuple[tuple[str, float], ...]
 
-BASE_TENANT = ""
-"""Who shares with adapters, by their names, where a request asks for none."""
-
 MAX_LOGPROBS = 20
 
 MAX_NAME_LENGTH = 128
@@ -384,8 +381,8 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class TenantStatus:
-    """What an adapter, or the base model (""), has in flight, in answers, and how many tokens were
-    computed for it since the start: those of prompts that were not cached, and of answers."""
+    """Answers of an adapter, or of the base model (""), that are in flight, and how many tokens were
+    computed for it since the start."""
 
     name: str
     running: int

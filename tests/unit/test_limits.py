@@ -76,7 +76,7 @@ def test_the_flag_takes_json_and_names_what_is_wrong() -> None:
     given = parser.parse_args(["serve", "m", "--adapter-limits", json.dumps(LIMITS)])
     assert settings_from(EngineConfig, given, model="m").limits_of("team-a/x").weight == 2
     given = parser.parse_args(["serve", "m", "--adapter-limits", '{"a": {"weight": -1}}'])
-    with pytest.raises(ConfigError, match='--adapter-limits: "a": weight: .* not -1'):
+    with pytest.raises(ConfigError, match=r'--adapter-limits: "a": weight: .* not -1'):
         settings_from(EngineConfig, given, model="m")
 
 

@@ -39,15 +39,17 @@ class AdapterLimits(BaseModel):
         return {name: float(value) for name, value in named.items()}
 
 
+BASE_TENANT = ""
+"""The base model, among the names of adapters."""
+
 NO_LIMITS = AdapterLimits()
 
 
 def limits_of(
     limits: Mapping[str, AdapterLimits] | None, name: str, base_names: Iterable[str]
 ) -> AdapterLimits:
-    """Those of the first pattern that fits `name`; an empty name is the base model, which has all of
-    `base_names`."""
-    names = (name,) if name else tuple(base_names)
+    """Those of the first pattern that fits `name`, or for BASE_TENANT any of `base_names`."""
+    names = tuple(base_names) if name == BASE_TENANT else (name,)
     for pattern, found in (limits or {}).items():
         if any(fits(pattern, candidate) for candidate in names):
             return found

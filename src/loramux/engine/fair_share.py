@@ -20,8 +20,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from loramux.config.limits import BASE_TENANT
 from loramux.engine.sequence import Sequence
-from loramux.types import BASE_TENANT, TenantStatus
+from loramux.types import TenantStatus
 
 MOST_IDLE = 4096  # tenants that are remembered though nothing of theirs is in flight
 

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from loramux.config import EngineConfig
-from loramux.config.limits import AdapterLimits
+from loramux.config.limits import BASE_TENANT, AdapterLimits
 from loramux.errors import InvalidField, QuotaReached
-from loramux.types import BASE_TENANT
 
 RETRY_S = 1.0  # where only others' answers make room, nobody knows when
 MINUTE_S = 60.0
