@@ -33,7 +33,7 @@ LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # Cumulative fields of EngineStats -> metric name and help.
 ENGINE_COUNTERS = {
     "steps": ("loramux_engine_steps", "Steps of the engine loop."),
-    "preemptions": ("loramux_preemptions", "Requests put back because blocks ran out."),
+    "preemptions": ("loramux_preemptions", "Requests put back: too few blocks, places or seats."),
     "prefix_queries": ("loramux_prefix_cache_queries", "Tokens looked up in the prefix cache."),
     "prefix_hits": ("loramux_prefix_cache_hits", "Tokens found in the prefix cache."),
     "media_queries": (
