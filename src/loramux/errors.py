@@ -22,6 +22,7 @@
         ├── AdapterUnloaded             the adapter was unloaded, and the time to drain is over
         ├── SourceUnavailable           where an adapter comes from gave nothing, or not in time
         └── Overloaded                  the queue is full; try again later
+            └── QuotaReached            an adapter has what its limits allow; try again later
 
 All of them survive pickling, so they may cross a process boundary unchanged.
 """
@@ -168,3 +169,12 @@ class Overloaded(EngineError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0):
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaReached(Overloaded):
+    """An adapter's limit is reached; `limit` is its name, `adapter` "" for the base model."""
+
+    def __init__(self, message: str, *, adapter: str, limit: str, retry_after_s: float = 1.0):
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.adapter = adapter
+        self.limit = limit

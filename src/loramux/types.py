@@ -317,6 +317,7 @@ class Request:
     media: MediaPrompt | None = None  # None: text alone
     pooling: PoolingParams | None = None  # None: tokens are generated
     starts: tuple[int | None, ...] = ()
+    tenants: tuple[str, ...] = ()  # names of its adapters as asked for, sorted, each once
 
 
 AdapterState = Literal["ready", "draining"]
@@ -385,6 +386,17 @@ class Unloaded:
     freed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TenantStatus:
+    """Answers of an adapter, or of the base model (""), that are in flight, and how many tokens were
+    computed for it since the start."""
+
+    name: str
+    running: int
+    waiting: int
+    tokens: int
+
+
 @dataclass(slots=True)
 class EngineStats:
     """A snapshot of counters; the cumulative ones never go down."""
@@ -411,3 +423,4 @@ class EngineStats:
     """Bytes planned at start for each part of the memory."""
 
     adapters: list[AdapterStatus] = field(default_factory=list)
+    tenants: list[TenantStatus] = field(default_factory=list)

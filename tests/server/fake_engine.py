@@ -41,6 +41,7 @@ from loramux.types import (
     PoolingOutput,
     PoolingParams,
     SamplingParams,
+    TenantStatus,
     TokenLogprob,
     TokenLogprobs,
     Unloaded,
@@ -69,6 +70,7 @@ class FakeEngine:
         lora: bool = True,
         modalities: Collection[str] = (),
         media: MediaConfig | None = None,
+        adapter_limits: dict[str, Any] | None = None,
         **lora_settings: Any,
     ) -> None:
         self.config = EngineConfig(
@@ -76,6 +78,7 @@ class FakeEngine:
             max_model_len=context,
             lora=LoRAConfig(**{"max_loras": 4, **lora_settings}) if lora else None,
             media=media or MediaConfig(),
+            adapter_limits=adapter_limits,
         )
         self.modalities = frozenset(modalities)
         self.failure: BaseException | None = None
@@ -349,6 +352,7 @@ class FakeEngine:
             blocks_used=25,
             memory={"weights": 700, "kv_cache": 900},
             adapters=self.adapters(),
+            tenants=[TenantStatus("alpha", 2, 3, 400), TenantStatus("gone", 0, 0, 5)],
         )
 
     def on_load(self, callback: Callable[[AdapterRef, float], None]) -> None:

@@ -94,6 +94,7 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(
     line += ["--max-registered-adapters", "9", "--max-adapter-bytes", "1MiB"]
     line += ["--api-keys-file", str(keys), "--allow-adapter-push"]
     line += ["--default-mm-loras", '{"image": "p"}']
+    line += ["--adapter-limits", '{"x": {"weight": 2}}']
     line += ["--max-items-per-request", '{"image": 3}']
     line += ["--lora-modules", "x=/p=q", '{"name": "y", "path": "/z", "base_model_name": "a"}']
     assert main(line) == 0

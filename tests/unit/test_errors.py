@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from loramux import errors
-from loramux.errors import AdapterConflict, AdapterRejected, LoramuxError, Overloaded
+from loramux.errors import AdapterConflict, AdapterRejected, LoramuxError, Overloaded, QuotaReached
 
 
 def _tree(kind: type[LoramuxError]) -> list[type[LoramuxError]]:
@@ -19,6 +19,8 @@ def _make(kind: type[LoramuxError]) -> LoramuxError:
         return AdapterRejected("a", ["one", "two"], remedy="do")
     if kind is AdapterConflict:
         return AdapterConflict("it went wrong", current_digest="d", remedy="do")
+    if kind is QuotaReached:
+        return QuotaReached("it went wrong", adapter="a", limit="weight", retry_after_s=2.5)
     return kind("it went wrong", **({} if kind is Overloaded else {"field": "f", "remedy": "do"}))
 
 

@@ -25,7 +25,8 @@ from loramux.types import AdapterRef, AdapterUse, Request, SamplingParams
 class World:
     """A scheduler, a clock in steps, and a device that loads adapters one step later.
 
-    `ahead`: a step's result is read after the next one was planned and launched.
+    `ahead`: a step's result is read after the next one was planned and launched. `tenants`: adapters
+    share by the first letter of their digests, else all requests are one tenant's.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class World:
         max_loras: int = 2,
         patience: float = 5.0,
         ahead: bool = False,
+        tenants: bool = False,
     ):
         limits = SchedulerLimits(seqs, tokens, patience)
         self.pool = AdapterPool(max_loras, 8)
@@ -47,6 +49,7 @@ class World:
         self.loading: list[str] = []
         self.limits = limits
         self.ahead = ahead
+        self.tenants = tenants
         self.in_flight: StepPlan | None = None
 
     def add(
@@ -57,8 +60,10 @@ class World:
         starts: tuple[int | None, ...] = (),
     ) -> Sequence:
         refs = tuple((AdapterRef(d, d, "", 4, 1), scale) for d, scale in adapters)
+        names = tuple(sorted({digest[0] for digest, _ in adapters})) if self.tenants else ()
         params = SamplingParams(max_tokens=answer)
-        request = Request(str(self.count), tuple(prompt), params, refs, starts=starts)
+        more = {"starts": starts, "tenants": names}
+        request = Request(str(self.count), tuple(prompt), params, refs, **more)
         sequence = Sequence(self.count, request, 0, 0, queued_at=self.now)
         self.count += 1
         self.scheduler.add(sequence)
@@ -257,13 +262,20 @@ def test_answers_of_one_request_share_its_prompt() -> None:
     max_loras=st.integers(1, 3),
     tokens=st.integers(3, 40),
     patience=st.sampled_from([0.0, 2.0, 30.0]),
+    tenants=st.booleans(),
 )
 def test_everything_finishes_and_the_books_balance(
-    ahead: bool, seed: int, blocks: int, max_loras: int, tokens: int, patience: float
+    ahead: bool, seed: int, blocks: int, max_loras: int, tokens: int, patience: float, tenants: bool
 ) -> None:
     rng = random.Random(seed)
     world = World(
-        blocks=blocks, tokens=tokens, max_loras=max_loras, patience=patience, seqs=5, ahead=ahead
+        blocks=blocks,
+        tokens=tokens,
+        max_loras=max_loras,
+        patience=patience,
+        seqs=5,
+        ahead=ahead,
+        tenants=tenants,
     )
     alive: list[Sequence] = []
     for _ in range(40):
@@ -388,13 +400,14 @@ def test_what_becomes_free_in_a_step_is_left_to_a_pin() -> None:
     seed=st.integers(0, 100_000),
     max_loras=st.integers(1, 4),
     patience=st.sampled_from([0.0, 2.0, 30.0]),
+    tenants=st.booleans(),
 )
 def test_pins_replacements_and_sums_never_deadlock(
-    ahead: bool, seed: int, max_loras: int, patience: float
+    ahead: bool, seed: int, max_loras: int, patience: float, tenants: bool
 ) -> None:
     """A registry decides who is pinned; requests, pins, replacements and unloads come in any order."""
     rng = random.Random(seed)
-    world = World(max_loras=max_loras, patience=patience, seqs=4, ahead=ahead)
+    world = World(max_loras=max_loras, patience=patience, seqs=4, ahead=ahead, tenants=tenants)
     world.scheduler.set_pins({})
     gone: list[str] = []
     registry = Registry(

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from loramux.config.facts import ModelFacts
 from loramux.config.graphs import GPU_STEP, LARGEST
+from loramux.config.limits import AdapterLimits, limits_of, read_limits
 from loramux.config.lora import LoRAConfig
 from loramux.config.media import MediaConfig
 from loramux.config.memory import default_kv_bytes, most_kv_bytes
@@ -94,6 +95,12 @@ class EngineConfig(BaseModel):
     other adapters are put back for it: those that came later, and earlier ones that had their turn,
     which is as long where few run and longer where many would have to be computed again."""
 
+    adapter_limits: dict[str, AdapterLimits] | None = None
+    """What adapters may take, by name, as in `{"team-a/*": {"weight": 2, "max_concurrency": 16}, "*":
+    {"requests_per_minute": 600}}`: see [limits](server.md#limits). `*` stands for any characters, and
+    the first pattern that fits counts; the base model goes by its own names. `LLM` takes weights
+    only."""
+
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """`safetensors` refuses other weight files; `dummy` reads none and fills the model with random
     weights, for benchmarks."""
@@ -128,6 +135,11 @@ class EngineConfig(BaseModel):
             raise ValueError(f"{wrong}: graphs are made for steps of 1 to {LARGEST} tokens")
         return sizes
 
+    @field_validator("adapter_limits", mode="before")
+    @classmethod
+    def _limits(cls, value: Any) -> Any:
+        return None if value is None else read_limits(value)
+
     @field_validator("kv_cache_memory_bytes", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:
@@ -136,6 +148,10 @@ class EngineConfig(BaseModel):
     @property
     def model_names(self) -> list[str]:
         return self.served_model_name or [self.model]
+
+    def limits_of(self, adapter: str) -> AdapterLimits:
+        """What this adapter may take; "" is the base model."""
+        return limits_of(self.adapter_limits, adapter, self.model_names)
 
     @property
     def row_granule(self) -> int:

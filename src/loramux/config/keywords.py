@@ -40,4 +40,18 @@ def engine_config(model: str, *, enable_lora: bool = False, **settings: Any) -> 
         rest["served_model_name"] = [rest["served_model_name"]]
     if media_settings:
         rest["media"] = MediaConfig(**media_settings)
-    return EngineConfig(model=model, lora=lora or settings.get("lora"), **rest)
+    config = EngineConfig(model=model, lora=lora or settings.get("lora"), **rest)
+    check_weights_only(config)
+    return config
+
+
+def check_weights_only(config: EngineConfig) -> None:
+    """Raise ConfigError where `adapter_limits` would refuse requests: offline nobody asks again."""
+    named = {name: list(limits.quotas) for name, limits in (config.adapter_limits or {}).items()}
+    faults = [f"{name!r} has {', '.join(quotas)}" for name, quotas in named.items() if quotas]
+    if faults:
+        raise ConfigError(
+            f"adapter_limits: {'; '.join(faults)}, and only a server refuses requests",
+            field="adapter_limits",
+            remedy="leave weights only",
+        )

@@ -88,3 +88,13 @@ class ReplicaConfig(BaseModel):
                 field="device",
                 remedy="use --device cuda",
             )
+        counted = {
+            name: list(limits.quotas) for name, limits in (config.adapter_limits or {}).items()
+        }
+        faults = [f"{name!r} has {', '.join(quotas)}" for name, quotas in counted.items() if quotas]
+        if faults:
+            raise ConfigError(
+                f"adapter_limits: {'; '.join(faults)}, and replicas do not count together",
+                field="adapter_limits",
+                remedy="leave weights only, which hold in each replica",
+            )

@@ -80,7 +80,12 @@ class Admission:
             self.release(acquired)
             raise
         arrival_s = time.monotonic()
-        request = Request(request_id, prompt, sampling, acquired, arrival_s, media, pooling, starts)
+        tenants = tuple(sorted({use.name for use in uses}))
+        request = Request(
+            *(request_id, prompt, sampling, acquired, arrival_s, media, pooling),
+            starts=starts,
+            tenants=tenants,
+        )
         self._warn_of(request)
         return request
 

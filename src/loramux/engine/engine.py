@@ -35,7 +35,7 @@ from loramux.engine.plan import StepPlan, StepResult
 from loramux.engine.pooling import Pooler, PoolingModel
 from loramux.engine.prompts import media_prompts, text_processor
 from loramux.engine.runner import Running
-from loramux.engine.scheduler import make_scheduler
+from loramux.engine.scheduling import make_scheduler
 from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
 from loramux.engine.snapshot import snapshot

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from loramux.engine.activation import members_of_row
 from loramux.engine.encoder_cache import encoder_key
 from loramux.engine.media_spans import vectors_between
 from loramux.engine.plan import PENDING, Row, RowMedia, SampleSpec
 from loramux.engine.sequence import Sequence
+
+
+def make_rows(scheduled: Mapping[Sequence, int], *, see_whole: bool) -> list[Row]:
+    """The rows of a step, in which rows with equal members are neighbours."""
+    rows = [make_row(s, count, see_whole=see_whole) for s, count in scheduled.items()]
+    rows.sort(key=lambda row: (row.members, row.sequence_id))
+    return rows
 
 
 def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:

@@ -4,11 +4,11 @@
        ^------------- preempted (blocks or places given back) --|
 
 A sequence runs when it has blocks *and* its adapters are resident. Running decodes come first, then
-running prefills, then the queue in order of age. The oldest that have to wait hold places all the
-same, so their adapters are on the device by the time they can run. A waiting sequence whose adapters
-find no place is passed by those behind it, but not for ever: after `adapter_patience_s` the adapters
-that were held longest give way to it, and their sequences go back to the queue: those that came
-later, and those that had their turn (their blocks stay in the prefix cache as long as it has room).
+running prefills and the queue: by turns between tenants (`fair_share`), for each in order of age. Where
+seats or blocks are full, those above their share give way (`giving_way`). The oldest that have to wait
+hold places all the same, so their adapters are on the device by the time they can run. A sequence whose
+adapters find no place is passed by those behind it, but not for ever (`rotation`). The blocks of what
+is put back stay in the prefix cache as long as it has room.
 
 A step may be planned while the one before runs:
 
@@ -21,24 +21,25 @@ token, only on their number, so the answers are those of plan, launched, commit,
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loramux.adapters.pool import AdapterPool
-from loramux.config import EngineConfig
-from loramux.config.facts import EncoderFacts
-from loramux.config.memory import affine_shift
 from loramux.engine.blocks import BlockPool
 from loramux.engine.encoder_cache import EncoderCache
+from loramux.engine.fair_share import FairShare, Turns, virtual_time
+from loramux.engine.giving_way import gives_blocks, gives_seat, may_take_blocks, may_take_seat
 from loramux.engine.media_plan import MediaPlanner
 from loramux.engine.places import Places, Room
-from loramux.engine.plan import AdapterLoad, Row, Sampled, StepPlan, StepResult
-from loramux.engine.rows import make_row
+from loramux.engine.plan import AdapterLoad, Sampled, StepPlan, StepResult
+from loramux.engine.rotation import Rotation
+from loramux.engine.rows import make_rows
 from loramux.engine.sequence import Sequence
 from loramux.types import AdapterRef, FinishReason
 
 PREFETCHED = 64  # waiting sequences that may hold places before they can run
-FEW = 8  # running sequences: with so many, turns are as long as the patience
+MOST_MET = 16  # groups that are asked for a claim to a seat in a step, while all are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,20 @@ class SchedulerLimits:
     see_whole: bool = False  # tokens of an image see all of it: no step may cut one
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step in the making; `budget` are tokens that are left."""
+
+    now: float
+    budget: int
+    scheduled: dict[Sequence, int] = field(default_factory=dict)
+    short: bool = False  # blocks ran out for those that run: nobody is admitted
+
+    def put_back(self, sequence: Sequence) -> None:
+        """`sequence` is not in this step after all."""
+        self.budget += self.scheduled.pop(sequence, 0)
+
+
 class Scheduler:
     """Decides; owns the queue, the block pool and the adapter places."""
 
@@ -60,6 +75,7 @@ class Scheduler:
         blocks: BlockPool,
         adapters: AdapterPool | None,
         encoder: EncoderCache | None = None,
+        fair: FairShare | None = None,
     ):
         self.limits = limits
         self.blocks = blocks
@@ -68,13 +84,17 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by queued_at
         self.running: dict[Sequence, None] = {}  # in order of admission; values unused
         self.preemptions = 0
+        self.fair = fair or FairShare()
         self._by_id: dict[int, Sequence] = {}  # waiting and running ones
         self._places = Places(adapters)
+        patience_s = limits.adapter_patience_s
+        self._rotation = Rotation(adapters, self._places, self._preempt, patience_s)
 
     # --- the queue -----------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
         self._by_id[sequence.sequence_id] = sequence
+        self.fair.enter(sequence)
         self._queue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -89,7 +109,8 @@ class Scheduler:
         if sequence in self.running:
             del self.running[sequence]
         else:
-            self.waiting.remove(sequence)
+            self._unqueue(sequence)
+        self.fair.leave(sequence)
         self._give_back(sequence)
 
     def take_loads(self) -> list[AdapterLoad]:
@@ -124,34 +145,23 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step at time `now` (seconds). Empty when nothing can run yet."""
         self._places.place_pins()
-        self._rotate_for_the_impatient(now)
-        preemptions, size = self.preemptions, self.blocks.block_size
-        budget = self.limits.max_num_batched_tokens
-        scheduled: dict[Sequence, int] = {}
+        all_placed = self._rotation.run(self.waiting, self.running, now)
+        step = _Step(now, self.limits.max_num_batched_tokens)
         self.media.begin()
-        todo = [(s, s.length - s.num_computed) for s in self.running if not s.ends_with_pending]
-        todo.sort(key=lambda item: item[1] > 1)  # decodes first
-        for sequence, missing in todo:
-            count = sequence.in_one_row(sequence.num_computed, min(missing, budget))
-            if count == 0 or sequence not in self.running:
-                continue  # no budget, or preempted by one before it
-            if sequence.items:
-                count = self.media.count(sequence, sequence.num_computed, count)
-                if count == 0:
-                    continue  # its media are encoded in a later step
-            budget -= count
-            scheduled[sequence] = count
-            if sequence.num_computed + count > len(sequence.blocks) * size:
-                budget += self._grow(sequence, count, scheduled)
+        prefills = []
+        for sequence in list(self.running):
+            if (missing := sequence.length - sequence.num_computed) > 1:
+                prefills.append(sequence)
+            elif not sequence.ends_with_pending:
+                self._go_on(sequence, min(missing, step.budget), step)
         room = self._places.room()
-        if self.preemptions == preemptions:
-            self._admit_waiting(scheduled, budget, now, room)
+        room.closed = not all_placed
+        if step.budget > 0 and (prefills or self.waiting):
+            self._take_turns(prefills, step, room)
         for sequence in self.waiting[:PREFETCHED]:
             self._hold_places(sequence, now, room)
-        see_whole = self.limits.see_whole
-        rows = [make_row(s, count, see_whole=see_whole) for s, count in scheduled.items()]
-        rows.sort(key=_by_members)
-        return StepPlan(tuple(rows), *self.media.finish(rows), _pooled(scheduled))
+        rows = make_rows(step.scheduled, see_whole=self.limits.see_whole)
+        return StepPlan(tuple(rows), *self.media.finish(rows), _pooled(step.scheduled))
 
     def launched(self, plan: StepPlan) -> None:
         """The plan is on its way: what is planned from now on comes after it."""
@@ -191,27 +201,58 @@ class Scheduler:
     def check_integrity(self) -> None:
         """With nothing queued, every block and place must be back."""
         assert not self.has_work and not self._by_id, "check_integrity needs an idle scheduler"
+        self.fair.check_integrity()
         self.blocks.check_integrity()
         if self.adapters is not None:
             self.adapters.check_integrity()
 
     # --- running -------------------------------------------------------------------------------
 
-    def _grow(self, sequence: Sequence, count: int, scheduled: dict[Sequence, int]) -> int:
-        """Get blocks for `count` more positions, preempting the youngest running ones if needed.
+    def _go_on(self, sequence: Sequence, count: int, step: _Step) -> None:
+        """Schedule `count` more tokens of a sequence that runs, or as many as its media allow."""
+        if count == 0 or sequence not in self.running:
+            return  # no budget, or preempted by one before it
+        count = sequence.in_one_row(sequence.num_computed, count)
+        if sequence.items:
+            count = self.media.count(sequence, sequence.num_computed, count)
+            if count == 0:
+                return  # its media are encoded in a later step
+        step.budget -= count
+        step.scheduled[sequence] = count
+        end = sequence.num_computed + count
+        self.fair.charge(sequence, end)
+        if end > len(sequence.blocks) * self.blocks.block_size:
+            self._grow(sequence, end, step)
 
-        Returns the tokens that the preempted ones (`sequence` itself, in the end) leave unused.
-        """
-        missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
-        unused = 0
-        while missing > 0 and sequence in scheduled:
+    def _grow(self, sequence: Sequence, end: int, step: _Step) -> None:
+        """Get blocks for positions up to `end`, preempting others that run, or `sequence` itself, if
+        needed: of tenants above their share, or else the youngest."""
+        missing = self.blocks.blocks_for(end) - len(sequence.blocks)
+        while missing > 0 and sequence in step.scheduled:
             if (taken := self.blocks.take(missing)) is not None:
                 sequence.set_blocks(sequence.blocks + taken)
                 break
-            victim = next(reversed(self.running))
-            unused += scheduled.pop(victim, 0)
-            self._preempt(victim, victim.queued_at)
-        return unused
+            step.short = True
+            if not self._free_blocks(step, -math.inf):
+                victim = next(reversed(self.running))
+                step.put_back(victim)
+                self._preempt(victim, victim.queued_at)
+
+    def _free_blocks(self, step: _Step, behind: float) -> bool:
+        """Put one back that has more than its share of the blocks, if there is any."""
+        fair, total = self.fair, self.blocks.num_blocks
+        if not fair.is_shared:
+            return False
+        return self._give_way(gives_blocks(fair, self.running, total, behind, step.now), step)
+
+    def _give_way(self, victim: Sequence | None, step: _Step) -> bool:
+        """Put `victim` back for another tenant."""
+        if victim is None:
+            return False
+        victim.given_way += 1
+        step.put_back(victim)
+        self._preempt(victim, victim.queued_at)
+        return True
 
     def _preempt(self, sequence: Sequence, queued_at: float) -> None:
         """Put a running sequence back into the queue; it will be computed again from the cache."""
@@ -224,6 +265,11 @@ class Scheduler:
 
     def _queue(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=lambda s: s.queued_at)
+        self.fair.queue(sequence)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.fair.unqueue(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
@@ -240,37 +286,66 @@ class Scheduler:
 
     # --- admission -----------------------------------------------------------------------------
 
-    def _admit_waiting(
-        self, scheduled: dict[Sequence, int], budget: int, now: float, room: Room
-    ) -> None:
-        for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
-                break
-            if sequence.elder is not None and not sequence.elder.prompt_can_be_shared:
-                continue  # its prompt is being computed by the first answer of the request
-            if not self._hold_places(sequence, now, room):
-                continue
-            if sequence.num_pending:
-                continue  # preempted a moment ago; all its tokens will be known in the next step
-            count = self._start(sequence, budget, now)
-            if count == 0:
-                break  # no blocks: those behind must not overtake
-            scheduled[sequence] = count
-            budget -= count
+    def _take_turns(self, prefills: list[Sequence], step: _Step, room: Room) -> None:
+        """Give what is left of the budget to prompts, those that wait and those that run."""
+        with self.fair.turns(prefills) as turns:
+            turns.closed = step.short or (self._is_full and not self.fair.is_shared)
+            for sequence in turns:
+                if turns.waits:
+                    self._admit(sequence, step, room, turns)
+                else:
+                    missing = sequence.length - sequence.num_computed
+                    self._go_on(sequence, self._part(sequence, missing, step, turns), step)
+                if step.budget <= 0:
+                    break
+                if step.short or (self._is_full and turns.num_met >= MOST_MET):
+                    turns.closed = True
 
-    def _start(self, sequence: Sequence, budget: int, now: float) -> int:
-        """Give a waiting sequence its cached prefix and blocks; tokens it may compute, 0 if none."""
+    @property
+    def _is_full(self) -> bool:
+        return len(self.running) >= self.limits.max_num_seqs
+
+    def _part(self, sequence: Sequence, missing: int, step: _Step, turns: Turns) -> int:
+        """How many of the `missing` tokens of a prompt are in this step."""
+        if missing <= step.budget or sequence.items or not self.fair.is_shared:
+            return min(missing, step.budget)
+        return step.budget - turns.kept_for_others(sequence, step.budget)
+
+    def _admit(self, sequence: Sequence, step: _Step, room: Room, turns: Turns) -> None:
+        """Start a waiting sequence if it can run; tell `turns` who need not be asked after it."""
+        if sequence.elder is not None and not sequence.elder.prompt_can_be_shared:
+            return  # its prompt is being computed by the first answer of the request
+        if not self._hold_places(sequence, step.now, room):
+            turns.skip_like(sequence)
+            return
+        if sequence.num_pending:
+            return  # preempted a moment ago; all its tokens will be known in the next step
+        if self._is_full:
+            seats = self.limits.max_num_seqs
+            if not may_take_seat(self.fair, sequence, seats):
+                turns.skip_group()
+                return
+            behind = virtual_time(sequence), step.now
+            if not self._give_way(gives_seat(self.fair, self.running, seats, *behind), step):
+                turns.closed = True
+                return
+        if not self._start(sequence, step, turns):
+            turns.closed = True  # no blocks: those behind must not overtake
+
+    def _start(self, sequence: Sequence, step: _Step, turns: Turns) -> bool:
+        """Give a waiting sequence its cached prefix and blocks, and schedule what it may compute."""
         prefix = sequence.cached_prefix(self.blocks)
         cached = len(prefix) * self.blocks.block_size
         members = self._places.members(sequence)
-        count = sequence.in_one_row(cached, min(sequence.num_tokens - cached, budget))
+        count = self._part(sequence, sequence.num_tokens - cached, step, turns)
+        count = sequence.in_one_row(cached, count)
         if sequence.items:
             count = self.media.count(sequence, cached, count, members)
             if count == 0:
-                return 0
+                return False
         need = self.blocks.blocks_for(cached + count) - len(prefix)
-        if need > self.blocks.num_free_beside(prefix):
-            return 0
+        if not self._has_blocks(sequence, prefix, need, step):
+            return False
         self.blocks.share(prefix)
         fresh = self.blocks.take(need)
         assert fresh is not None, "counted blocks are missing. This is a bug."
@@ -283,10 +358,27 @@ class Scheduler:
             self.blocks.queries += sequence.num_prompt
             self.blocks.hits += cached
         sequence.num_output_at_admission = sequence.num_output
-        sequence.admitted_at = now
-        self.waiting.remove(sequence)
+        sequence.admitted_at = step.now
+        sequence.charged = max(sequence.charged, cached)
+        self._unqueue(sequence)
         self.running[sequence] = None
-        return count
+        step.scheduled[sequence] = count
+        step.budget -= count
+        self.fair.charge(sequence, cached + count)
+        return True
+
+    def _has_blocks(self, sequence: Sequence, prefix: list[int], need: int, step: _Step) -> bool:
+        """Whether `need` blocks are free beside `prefix`, if need be since others give way."""
+        blocks, fair = self.blocks, self.fair
+        if need <= blocks.num_free_beside(prefix):
+            return True
+        in_all, total = need + len(prefix), blocks.num_blocks
+        if not (fair.is_shared and may_take_blocks(fair, sequence, self.running, in_all, total)):
+            return False
+        while need > blocks.num_free_beside(prefix):
+            if not self._free_blocks(step, virtual_time(sequence)):
+                return False
+        return True
 
     def _hold_places(self, sequence: Sequence, now: float, room: Room) -> bool:
         """Whether every adapter of `sequence` is resident; asks for those that are not."""
@@ -294,105 +386,14 @@ class Scheduler:
             return True
         if not sequence.held:
             if not room.fits(sequence):
-                room.closed = room.closed or self._is_impatient(sequence, now)
+                room.closed = room.closed or self._rotation.is_impatient(sequence, now)
                 return False
             self._places.hold(sequence, now)
             room.held.update(sequence.digests)
         return self._places.are_resident(sequence)
-
-    # --- rotation ------------------------------------------------------------------------------
-
-    def _is_impatient(self, sequence: Sequence, now: float) -> bool:
-        return now - sequence.queued_at >= self.limits.adapter_patience_s
-
-    def _rotate_for_the_impatient(self, now: float) -> None:
-        """Give places to the oldest sequence that has waited too long for its adapters, if any.
-
-        Before anything is scheduled, since those that give way must not be in the step.
-        """
-        if self.adapters is None:
-            return
-        room = self._places.room()
-        for index, sequence in enumerate(self.waiting):
-            if not self._is_impatient(sequence, now):
-                return  # and all behind it are younger
-            if sequence.held or room.fits(sequence):
-                continue
-            self._rotate(sequence, self.waiting[:index], self.waiting[index + 1 :], now)
-            if self.adapters.can_hold(sequence.digests):
-                self._places.hold(sequence, now)
-            return
-
-    def _rotate(
-        self, sequence: Sequence, older: list[Sequence], younger: list[Sequence], now: float
-    ) -> None:
-        """Take places until `sequence` fits: from younger ones that wait, then from those held longest.
-
-        None of the latter goes before it had `adapter_patience_s` itself, nor before each of its
-        sequences has got a token further, nor while only older ones wait for it: else two of them
-        could push each other out for ever.
-        """
-        pool = self.adapters
-        assert pool is not None
-        for other in reversed(younger):
-            if other.held:
-                self._places.release(other)
-                if pool.can_hold(sequence.digests):
-                    return
-        stuck = {d for s in older for d in s.held} - {d for s in self.running for d in s.held}
-        stuck |= {d for s in self.running if not s.has_advanced for d in s.held}
-        stuck.update(sequence.digests, pool.pins)
-        for digest in self._places.held_before(now - self.limits.adapter_patience_s):
-            if pool.can_hold(sequence.digests):
-                return
-            holders = [s for s in self.running if digest in s.held]
-            if digest in stuck or not all(self._gives_way(s, sequence, now) for s in holders):
-                continue
-            for other in holders:
-                self._preempt(other, now)
-            for other in older:
-                if digest in other.held:
-                    self._places.release(other)
-
-    def _gives_way(self, running: Sequence, waiting: Sequence, now: float) -> bool:
-        """Whether one that runs may be put back for one that waits: it came later, or had its turn.
-
-        What is put back is computed again. So that this takes a small part of the time only, turns
-        are the longer, the more sequences would be put back in each."""
-        if running.queued_at > waiting.queued_at:
-            return True
-        turn = max(1.0, len(self.running) / FEW) * self.limits.adapter_patience_s
-        return now - running.admitted_at >= turn
 
 
 def _pooled(scheduled: dict[Sequence, int]) -> tuple[int, ...]:
     """Those that end with the tokens they have been given."""
     ending = (s for s, n in scheduled.items() if s.pools and s.num_computed + n == s.length)
     return tuple(sequence.sequence_id for sequence in ending)
-
-
-def _by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:
-    return row.members, row.sequence_id
-
-
-def make_scheduler(
-    config: EngineConfig, num_blocks: int, encoder: EncoderFacts | None = None
-) -> Scheduler:
-    """The scheduler of a resolved config."""
-    assert config.max_num_batched_tokens is not None
-    limits = SchedulerLimits(
-        *(config.max_num_seqs, config.max_num_batched_tokens, config.adapter_patience_s),
-        see_whole=encoder is not None and encoder.sees_whole,
-    )
-    blocks = BlockPool(
-        num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-    )
-    lora = config.lora
-    granule = config.row_granule
-    pool = None
-    if lora is not None:
-        rows = 1 << affine_shift(lora, granule)
-        pool = AdapterPool(lora.max_loras, lora.max_lora_rank, granule, affine_rows=rows)
-    room = config.encoder_cache_tokens
-    cache = EncoderCache(room, limits.max_num_batched_tokens) if room else None
-    return Scheduler(limits, blocks, pool, cache)

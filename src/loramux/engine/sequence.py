@@ -7,11 +7,15 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from loramux.engine.activation import composed, until_second
 from loramux.engine.blocks import BlockPool, chain_join, chain_key, chain_root
 from loramux.engine.media_spans import content_key, in_order
 from loramux.types import AdapterRef, Composition, FinishReason, MediaItem, Request
+
+if TYPE_CHECKING:
+    from loramux.engine.fair_share import Group
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +57,9 @@ class Sequence:
     admitted_once: bool = False
     num_output_at_admission: int = 0
     admitted_at: float = 0.0
+    group: Group | None = None  # from when it is queued first
+    charged: int = 0  # tokens that its tenants were charged
+    given_way: int = 0  # how often it was put back for another tenant
     _table: tuple[int, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ def snapshot(
         host_evictions=store.host.evictions if store else 0,
         memory=memory.parts(),
         adapters=adapters,
+        tenants=scheduler.fair.standing(),
         **_adapter_bytes(store, pool, memory),
     )
 

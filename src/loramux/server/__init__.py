@@ -11,6 +11,7 @@ logprobs.py     log-probabilities in OpenAI's two shapes
 sse.py          events on the wire; disconnect.py notices that the client has gone
 gate.py         API key and body size, before anything is read; access.py: what a key may do
 residency.py, pushed.py   /v1/adapters: where versions are, and those that come in a body
+quotas.py       limits of adapters: how many answers, how fast, how many tokens
 adapter_paths.py  which names and folders a client may load
 errors.py       the one table from exceptions to HTTP
 metrics.py      Prometheus

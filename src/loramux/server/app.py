@@ -28,6 +28,7 @@ from loramux.server.errors import install_handlers
 from loramux.server.gate import ApiKeyGate, BodyLimit
 from loramux.server.media_loading import MediaLoading
 from loramux.server.metrics import Metrics
+from loramux.server.quotas import Quotas
 from loramux.server.state import ServerState
 
 if TYPE_CHECKING:  # importing the engine for real would import torch
@@ -52,7 +53,8 @@ def create_app(
         )
     keys = Keyring.of(config)
     media = engine.config.media
-    state = ServerState(engine, config, Metrics(engine), MediaLoading(media))
+    quotas = Quotas(engine.config)
+    state = ServerState(engine, config, Metrics(engine), MediaLoading(media), quotas)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

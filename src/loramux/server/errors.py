@@ -57,6 +57,7 @@ TABLE: Mapping[type[errors.LoramuxError], Row] = {
     errors.AdapterUnloaded: Row(503, SERVER, "adapter_unloaded"),
     errors.SourceUnavailable: Row(503, SERVER, "adapter_source_unavailable"),
     errors.Overloaded: Row(429, "rate_limit_error", "overloaded"),
+    errors.QuotaReached: Row(429, "rate_limit_error", "rate_limit_exceeded"),
 }
 
 

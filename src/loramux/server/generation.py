@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from loramux.engine.activation import not_invoked
-from loramux.errors import EngineError, EngineStopped
+from loramux.errors import EngineError, EngineStopped, QuotaReached
 from loramux.server.metrics import Meter
+from loramux.server.quotas import Grant
 from loramux.server.state import ServerState
 from loramux.types import (
     AdapterRef,
@@ -69,16 +70,29 @@ class Generation:
         self.not_invoked: list[Version] = []
         """Activated LoRAs that at least one prompt did not invoke, each once."""
         self._meter = Meter(state.metrics, adapters, choices=self._unfinished)
+        self._grant: Grant | None = None  # from when it was admitted
 
     async def prime(self) -> None:
         """Start, and wait for the first event. Closes itself when that raises."""
         try:
+            self._grant = self._admit()
             self._tasks = [
                 asyncio.create_task(self._pump(index)) for index in range(len(self._prompts))
             ]
             self._first = await self._next()
         except BaseException:
             await self.aclose()
+            raise
+
+    def _admit(self) -> Grant:
+        """Count the whole of it against its adapters' limits. Raises QuotaReached or InvalidField."""
+        names = [use.name for use in self._adapters]
+        tokens = sum(len(tokens_of(prompt)) for prompt in self._prompts)
+        try:
+            return self._state.quotas.admit(names, self._unfinished, tokens)
+        except QuotaReached as error:
+            self._failed = True
+            self._state.metrics.refused(error)
             raise
 
     async def _pump(self, prompt: int) -> None:
@@ -96,6 +110,8 @@ class Generation:
                 event = Event(prompt, prompt * self._params.n + delta.index, delta)
                 finished += delta.finished
                 self._meter.saw(prompt, event.choice, delta, num_tokens)
+                if self._grant is not None:
+                    self._grant.saw(event.choice, len(delta.token_ids), finished=delta.finished)
                 self._queue.put_nowait(event)
             if finished < self._params.n:
                 raise EngineStopped("the engine ended the request before its answer was complete")
@@ -136,6 +152,8 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._grant is not None:
+            self._grant.close()
         self._meter.close("error" if self._failed else "abort")
 
 

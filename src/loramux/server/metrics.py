@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from loramux.errors import QuotaReached
 from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats
 
 if TYPE_CHECKING:  # importing the engine for real would import torch
@@ -32,7 +33,7 @@ LOAD_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # Cumulative fields of EngineStats -> metric name and help.
 ENGINE_COUNTERS = {
     "steps": ("loramux_engine_steps", "Steps of the engine loop."),
-    "preemptions": ("loramux_preemptions", "Requests put back because blocks ran out."),
+    "preemptions": ("loramux_preemptions", "Requests put back: too few blocks, places or seats."),
     "prefix_queries": ("loramux_prefix_cache_queries", "Tokens looked up in the prefix cache."),
     "prefix_hits": ("loramux_prefix_cache_hits", "Tokens found in the prefix cache."),
     "media_queries": (
@@ -84,6 +85,7 @@ class EngineCollector:
             yield CounterMetricFamily(metric, text, value=getattr(stats, name))
         yield from _gauges(stats)
         yield from _residency(stats.adapters)
+        yield from _tenants(stats)
 
 
 def _gauges(stats: EngineStats) -> Iterator[Metric]:
@@ -132,6 +134,27 @@ def _residency(adapters: Iterable[AdapterStatus]) -> Iterator[Metric]:
     yield from (device, host, users, pinned)
 
 
+def _tenants(stats: EngineStats) -> Iterator[Metric]:
+    """What each served adapter, and the base model, has in flight; a sum counts for each of its own."""
+    running = GaugeMetricFamily(
+        "loramux_adapter_answers_running", "Answers in the batch.", labels=["adapter"]
+    )
+    waiting = GaugeMetricFamily(
+        "loramux_adapter_answers_waiting", "Answers in the queue.", labels=["adapter"]
+    )
+    tokens = CounterMetricFamily(
+        "loramux_adapter_computed_tokens",
+        "Tokens computed, of prompts and answers; by these adapters share.",
+        labels=["adapter"],
+    )
+    names = {BASE_LABEL, *(status.ref.name for status in stats.adapters)}
+    for tenant in [tenant for tenant in stats.tenants if tenant.name in names][:MAX_LABELS]:
+        running.add_metric([tenant.name], tenant.running)
+        waiting.add_metric([tenant.name], tenant.waiting)
+        tokens.add_metric([tenant.name], tenant.tokens)
+    yield from (running, waiting, tokens)
+
+
 class Metrics:
     """What the server measures itself, and at each scrape what the engine says."""
 
@@ -145,6 +168,12 @@ class Metrics:
             "loramux_requests",
             "Answers finished, by reason; each choice and each prompt counts.",
             ["adapter", "finish_reason"],
+            registry=registry,
+        )
+        self.requests_refused = Counter(
+            "loramux_requests_refused",
+            "Requests refused with 429, by the limit of the adapter that was reached.",
+            ["adapter", "limit"],
             registry=registry,
         )
         self.prompt_tokens = Counter(
@@ -185,6 +214,11 @@ class Metrics:
         """`label`, or "(other)" if its adapters have been unloaded since."""
         return label if label == BASE_LABEL or label in self._members else OTHER_LABEL
 
+    def refused(self, error: QuotaReached) -> None:
+        """Count a request that an adapter's limit refused."""
+        label = self.label([error.adapter] if error.adapter else [])
+        self.requests_refused.labels(label, error.limit).inc()
+
     def _served(self) -> set[str]:
         return {status.ref.name for status in self._engine.adapters()}
 
@@ -206,6 +240,7 @@ class Metrics:
             for metric in self._labelled:
                 metric.remove_by_labels({"adapter": label})
             self.requests.remove_by_labels({"adapter": label})
+            self.requests_refused.remove_by_labels({"adapter": label})
 
     def render(self) -> bytes:
         """The exposition text. Prunes first, since adapters may go without the server's doing."""

@@ -56,7 +56,7 @@ async def put_adapter(
         name, config, _body(request), expected_digest=expected_digest, pinned=pinned
     )
     statuses = state.engine.residency()
-    shown = [row(status, access) for status in statuses if status.ref.digest == ref.digest]
+    shown = [row(state, status, access) for status in statuses if status.ref.digest == ref.digest]
     entry = next((item for item in shown if item["name"] == name), {"name": name})
     return ReplyJSON({**entry, "digest": ref.digest}, headers=digest_header(ref))
 

@@ -21,7 +21,7 @@ router = APIRouter()
 QUIET_S = 15  # empty batches, of which there is one a second, until a sign of life is sent
 
 
-def row(status: AdapterStatus, access: Access) -> dict[str, Any]:
+def row(state: ServerState, status: AdapterStatus, access: Access) -> dict[str, Any]:
     """One version under one name. Times are seconds since the epoch."""
     ref = status.ref
     shown = {
@@ -37,6 +37,7 @@ def row(status: AdapterStatus, access: Access) -> dict[str, Any]:
         "loaded_at": status.loaded_at_s,
         "load_seconds": status.load_s,
         "last_used": status.last_used_s,
+        "limits": state.quotas.limits_of(ref.name).model_dump(),
     }
     return {**shown, "source": ref.source} if access.is_admin else shown
 
@@ -44,7 +45,7 @@ def row(status: AdapterStatus, access: Access) -> dict[str, Any]:
 def rows(state: ServerState, access: Access) -> list[dict[str, Any]]:
     """All that the caller may see; versions that drain come last."""
     statuses = state.engine.residency()
-    return [row(status, access) for status in statuses if access.may_see(status.ref.name)]
+    return [row(state, status, access) for status in statuses if access.may_see(status.ref.name)]
 
 
 @router.get("/v1/adapters")

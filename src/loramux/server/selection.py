@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from loramux.engine.default_adapters import MARK, choose_adapters, is_default
-from loramux.errors import InvalidField, UnknownModel
+from loramux.errors import InvalidField, QuotaReached, UnknownModel
 from loramux.server.access import Access
 from loramux.server.generation import Generation, Version
 from loramux.server.pooling_protocol import PoolingBody
@@ -32,6 +32,7 @@ async def select_adapters(
     Names that are not known are looked up and loaded where the operator allowed it. Raises UnknownModel,
     InvalidField, or what the load raises.
     """
+    _check_limits(state, body)
     await _look_up(state, body)
     served = _served(state)
     listed = body.adapters
@@ -48,6 +49,24 @@ async def select_adapters(
             f"{state.engine.config.model_names[0]!r}, or leave lora out",
         )
     return (AdapterUse(body.model),)
+
+
+def _check_limits(state: ServerState, body: GenerationBody | PoolingBody) -> None:
+    """Raise QuotaReached where a request would be refused anyway, before it is looked at."""
+    model = [] if body.model in state.engine.config.model_names else [body.model]
+    listed = [use.name for use in body.adapters or ()]
+    lora = state.engine.config.lora
+    if body.adapters is None and not model and lora is not None and lora.default_mm_loras:
+        return  # it may get the defaults of its media
+    served = _served(state)
+    names = [name for name in (*model, *listed) if name in served]
+    if len(names) < len(model) + len(listed):
+        return  # what is not served yet has used nothing
+    try:
+        state.quotas.check(names)
+    except QuotaReached as error:
+        state.metrics.refused(error)
+        raise
 
 
 def _served(state: ServerState) -> set[str]:

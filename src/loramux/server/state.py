@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from loramux.config import ServerConfig
 from loramux.server.media_loading import MediaLoading
 from loramux.server.metrics import Metrics
+from loramux.server.quotas import Quotas
 
 if TYPE_CHECKING:  # importing the engine for real would import torch
     from loramux.engine.service import AsyncEngine
@@ -27,6 +28,7 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     media: MediaLoading
+    quotas: Quotas
     started_s: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
 
