@@ -40,7 +40,9 @@ class AdapterRef:
     `digest` is the hex SHA-256 of configuration and weights, `source` the folder it came from,
     `max_r` the largest rank of any of its modules, `num_bytes` the size of its weights.
     `adapts_encoder` says that it has weights for a tower or connector of a multimodal model, `labels`
-    what its classification head tells apart; () if it has none.
+    what its classification head tells apart; () if it has none. `vocabulary_size` counts the tokens of
+    an adapter that changes the embedding or the output head, by `vocabulary_rows` rows of its own and
+    by LoRA; 0: it changes neither.
     """
 
     name: str
@@ -50,6 +52,8 @@ class AdapterRef:
     num_bytes: int
     adapts_encoder: bool = False
     labels: tuple[str, ...] = ()
+    vocabulary_size: int = 0
+    vocabulary_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,20 @@ from loramux.adapters.linears import (
 )
 from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
 from loramux.adapters.report import Binding, BindingReport, BindingRow, summarise
+from loramux.adapters.vocabulary import (
+    VocabularyBinding,
+    bind_vocabulary,
+    split_vocabulary,
+)
+from loramux.adapters.vocabulary_rows import (
+    BaseVocabulary,
+    Copies,
+    compare_copies,
+    pieces_of,
+    rows_report,
+    stored_vocabulary,
+    too_many_rows,
+)
 from loramux.adapters.weights import (
     AdapterSource,
     AdapterWeights,
@@ -62,6 +76,8 @@ class _Bindings:
     linears: list[Binding]
     experts: list[ExpertBinding]
     head: HeadBinding | None = None
+    vocabulary: VocabularyBinding | None = None
+    copies: Copies = field(default_factory=Copies)
     left_out: list[str] = field(default_factory=list)  # modules of the file that are not served
 
     def __iter__(self) -> Iterator[Binding]:
@@ -70,12 +86,14 @@ class _Bindings:
 
     def rows(self) -> list[BindingRow]:
         """By tensor."""
-        every = chain.from_iterable(binding.rows for binding in self)
+        vocabulary = self.vocabulary.rows if self.vocabulary else []
+        every = chain(vocabulary, chain.from_iterable(binding.rows for binding in self))
         return sorted(every, key=lambda row: (row.tensor, row.module))
 
     def tensors(self) -> dict[str, FileTensor]:
-        """By key."""
+        """By key, those that are kept whole."""
         found = {t.key: t for binding in self for t in (binding.a, binding.b)}
+        found |= {t.key: t for t in (self.vocabulary.kept if self.vocabulary else ())}
         return found | {t.key: t for t in (self.head.tensors if self.head else ())}
 
 
@@ -86,11 +104,12 @@ def read_adapter(
     config: LoRAConfig,
     dtype: torch.dtype,
     memory: HostMemory | None = None,
+    base: BaseVocabulary | None = None,
 ) -> tuple[AdapterWeights, BindingReport]:
     """Read the adapter in `folder` for the model that `schema` describes.
 
-    Weights come back on the CPU as the file holds them, fit to be served in `dtype`. Raises
-    AdapterNotFound when there is no such folder, AdapterRejected with every reason when it cannot
+    Weights come back on the CPU as the file holds them, fit to be served in `dtype`; of full copies of
+    the embedding or the head, those rows that differ from `base`. Raises AdapterNotFound when there is no such folder, AdapterRejected with every reason when it cannot
     be served exactly.
     """
     folder = Path(folder).expanduser()
@@ -109,9 +128,12 @@ def read_adapter(
     if peft_config is not None and not file_reasons:
         try:
             heads, tensors = split_heads(tensors)
-            bindings, bind_reasons = _bind(peft_config, tensors, schema, config)
+            parts, tensors = split_vocabulary(tensors, schema)
+            bindings, bind_reasons = _bind(peft_config, tensors, schema, config, bool(parts))
             head, head_reasons = bind_head(heads, peft_config, schema, config, folder)
-            bindings, bind_reasons = replace(bindings, head=head), bind_reasons + head_reasons
+            vocabulary, more_reasons = bind_vocabulary(parts, peft_config, schema, config)
+            bindings = replace(bindings, head=head, vocabulary=vocabulary)
+            bind_reasons += head_reasons + more_reasons
         except TimeoutError:
             bind_reasons = ["a pattern of adapter_config.json takes too long to match"]
         reasons += bind_reasons
@@ -124,7 +146,8 @@ def read_adapter(
             ", ".join(summarise(bindings.left_out)),
         )
     rows = bindings.rows()
-    layout, stored = _lay_out(bindings)
+    bindings = _compare(name, bindings, folder / WEIGHTS_NAME, identity, schema, config, base)
+    layout, stored = _lay_out(bindings, schema)
     source = AdapterSource(
         folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
     )
@@ -132,18 +155,51 @@ def read_adapter(
         buffer = source.read(memory or HostMemory())  # [num_bytes] uint8
     except OSError as error:
         raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
-    if reasons := _check_values(buffer, stored, dtype):
+    row_keys = set() if bindings.vocabulary is None else bindings.vocabulary.row_keys
+    reasons = _check_values(buffer, {k: s for k, s in stored.items() if k not in row_keys}, dtype)
+    if base is not None:  # rows are in the model's data type
+        rows_stored = {k: s for k, s in stored.items() if k in row_keys}
+        reasons += _check_values(buffer, rows_stored, base.dtype)
+    if reasons:
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
         name=name,
         digest=_digest(canonical, buffer, bindings, stored),
         source=str(folder),
-        max_r=max(row.r for row in rows),
+        max_r=max((row.r for row in rows), default=1),
         num_bytes=_num_elements(layout) * dtype.itemsize,
         adapts_encoder=any(binding.module in schema.towers for binding in bindings),
         labels=bindings.head.labels if bindings.head else (),
+        vocabulary_size=layout.vocabulary.size if layout.vocabulary else 0,
+        vocabulary_rows=layout.vocabulary.num_rows if layout.vocabulary else 0,
     )
-    return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
+    return AdapterWeights(ref, buffer, source), _report(ref, rows, schema, layout)
+
+
+def _compare(
+    name: str,
+    bindings: _Bindings,
+    path: Path,
+    identity: FileIdentity,
+    schema: ModelSchema,
+    config: LoRAConfig,
+    base: BaseVocabulary | None,
+) -> _Bindings:
+    """`bindings` with the rows of its full copies that are kept. Raises AdapterRejected."""
+    vocabulary, spec = bindings.vocabulary, schema.vocabulary
+    if vocabulary is None or spec is None:
+        return bindings
+    try:
+        copies, reasons = compare_copies(path, identity, vocabulary, spec, base)
+    except OSError as error:
+        reasons = [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
+    if not reasons:
+        reasons = too_many_rows(vocabulary, copies, config)
+    if not reasons and not bindings.tensors() and not any(map(len, copies.ids.values())):
+        reasons = ["it is a copy of the base model's vocabulary: the adapter would do nothing"]
+    if reasons:
+        raise AdapterRejected(name, reasons)
+    return replace(bindings, copies=copies)
 
 
 def _identity(path: Path) -> FileIdentity | None:
@@ -153,8 +209,11 @@ def _identity(path: Path) -> FileIdentity | None:
         return None  # the reader of the file says why
 
 
-def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> BindingReport:
+def _report(
+    ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema, layout: Layout
+) -> BindingReport:
     bound = {row.module for row in rows}
+    lines = () if layout.vocabulary is None else rows_report(layout.vocabulary)
     return BindingReport(
         name=ref.name,
         digest=ref.digest,
@@ -162,14 +221,20 @@ def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> Bin
         num_modules=len(bound),
         unadapted=tuple(m for m in schema.modules if m not in bound),
         labels=ref.labels,
+        vocabulary=lines,
     )
 
 
 def _bind(
-    peft: PeftConfig, tensors: list[FileTensor], schema: ModelSchema, config: LoRAConfig
+    peft: PeftConfig,
+    tensors: list[FileTensor],
+    schema: ModelSchema,
+    config: LoRAConfig,
+    has_more: bool,
 ) -> tuple[_Bindings, list[str]]:
-    """Give each tensor its module; every tensor that finds none is a reason."""
-    if not tensors:
+    """Give each tensor its module; every tensor that finds none is a reason. `has_more`: the file has
+    others that change the vocabulary."""
+    if not tensors and not has_more:
         reason = f"{WEIGHTS_NAME} holds no tensor of LoRA: the adapter would do nothing"
         return _Bindings([], []), [reason]
     modules, reasons = group(sorted(tensors, key=lambda t: t.key))
@@ -195,7 +260,7 @@ def _bind(
     linear, linear_reasons = bind_linears(linears, peft, schema, config)
     of_experts, expert_reasons = bind_experts(experts, peft, schema, config)
     reasons += linear_reasons + expert_reasons
-    if linears or experts:
+    if linears or experts or has_more:
         reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema, config)
     elif left_out:
         reasons.append("all of it is on towers and connectors: nothing would be left to serve")
@@ -218,33 +283,43 @@ def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:
     return [f"target_parameters ({named}) match nothing here; {known_experts(schema)}"]
 
 
-def _lay_out(bindings: _Bindings) -> tuple[Layout, dict[str, Stored]]:
+def _lay_out(bindings: _Bindings, schema: ModelSchema) -> tuple[Layout, dict[str, Stored]]:
     """Where everything goes in the buffer: by module, and by the tensor's key."""
-    in_file = sorted(bindings.tensors().values(), key=lambda tensor: tensor.start)
-    offsets, runs = place((t.start, t.num_bytes, FLOATS[t.dtype].itemsize) for t in in_file)
-    stored = {
-        tensor.key: Stored(
-            offset, tensor.num_elements // tensor.shape[-1], tensor.shape[-1], FLOATS[tensor.dtype]
-        )
-        for tensor, offset in zip(in_file, offsets, strict=True)
-    }
+    vocabulary = bindings.vocabulary
+    pieces = [(t.start, t.num_bytes, t) for t in bindings.tensors().values()]
+    for tensor in vocabulary.compared if vocabulary else ():
+        found = pieces_of(tensor, bindings.copies.ids[tensor.key])
+        pieces += [(start, size, tensor) for start, size in found]
+    pieces.sort(key=lambda piece: piece[0])
+    offsets, runs = place((start, size, FLOATS[t.dtype].itemsize) for start, size, t in pieces)
+    stored: dict[str, Stored] = {}
+    for (_, size, tensor), offset in zip(pieces, offsets, strict=True):
+        width, dtype = tensor.shape[-1], FLOATS[tensor.dtype]
+        rows = size // (width * dtype.itemsize)
+        if (before := stored.get(tensor.key)) is not None:  # the rows of a copy lie together
+            offset, rows = before.offset, before.rows + rows
+        stored[tensor.key] = Stored(offset, rows, width, dtype)
     pairs = {
         binding.module: StoredPair(stored[binding.a.key], stored[binding.b.key], binding.scale)
         for binding in sorted(bindings.linears, key=lambda binding: binding.module)
     }
     experts = stored_experts(bindings.experts, stored)
     head = bindings.head.stored(stored) if bindings.head else None
-    return Layout(pairs, tuple(runs), experts, head), stored
+    rows = None
+    if vocabulary is not None and schema.vocabulary is not None:
+        rows = stored_vocabulary(vocabulary, bindings.copies, schema.vocabulary, stored)
+    return Layout(pairs, tuple(runs), experts, head, rows), stored
 
 
 def _num_elements(layout: Layout) -> int:
-    """Of all factors, as the pool holds them."""
-    pairs = sum(
-        stored.rows * stored.columns
-        for pair in layout.pairs.values()
-        for stored in (pair.a, pair.b)
-    )
-    return pairs + sum(experts.num_elements for experts in layout.experts.values())
+    """Of all factors, and of rows of the vocabulary, as the pool holds them."""
+    pairs = list(layout.pairs.values())
+    stored = []
+    if (vocabulary := layout.vocabulary) is not None:
+        pairs += vocabulary.loras
+        stored = [part.rows for part in (*vocabulary.embedding, *vocabulary.head)]
+    stored += [factor for pair in pairs for factor in (pair.a, pair.b)]
+    return sum(one.rows * one.columns for one in stored) + sum(experts.num_elements for experts in layout.experts.values())
 
 
 def _check_values(
@@ -297,6 +372,8 @@ def _digest(
         place = stored[key]
         digest.update(f"{key}|{tensor.dtype}|{tensor.shape}".encode())
         digest.update(data[place.offset : place.offset + place.num_bytes])
+    for key, copy in sorted(bindings.copies.digests.items()):
+        digest.update(f"{key}|{copy}".encode())
     if bindings.head:
         digest.update(json.dumps(bindings.head.labels).encode())
     return digest.hexdigest()

@@ -54,6 +54,7 @@ class BindingReport:
     num_modules: int
     unadapted: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()  # of its classification head
+    vocabulary: tuple[str, ...] = ()  # what it changes there beside LoRA
 
     @property
     def max_r(self) -> int:
@@ -65,7 +66,8 @@ class BindingReport:
         lines = [f"{'module':<48} {'tensor':<8} {'shape':<16} {'r':>4} {'scale':>9}  dtype"]
         alike: Counter[str] = Counter()
         for row in self.rows:
-            kind = "lora_A" if ".lora_A." in row.tensor else "lora_B"
+            a = ".lora_A." in row.tensor or row.tensor.endswith("_A")
+            kind = "lora_A" if a else "lora_B"
             shape = "x".join(map(str, row.shape))
             alike[
                 f"{row.module:<48} {kind:<8} {shape:<16} {row.r:>4} {row.scale:>9.4g}  {row.dtype}"
@@ -80,6 +82,8 @@ class BindingReport:
         )
         if self.labels:
             lines.append(f"a classification head of {len(self.labels)}: {', '.join(self.labels)}")
+        if self.vocabulary:
+            lines.append(", ".join(self.vocabulary))
         return "\n".join(lines)
 
 

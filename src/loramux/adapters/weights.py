@@ -139,6 +139,43 @@ class StoredHead:
     labels: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredRows:
+    """Rows [n, D] of an embedding or an output head, and the tokens `ids` [n] int64 that they are of."""
+
+    ids: np.ndarray
+    rows: Stored
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredVocabulary:
+    """What an adapter changes of a vocabulary, which then has `size` tokens.
+
+    Of `embedding` and `head` a later part replaces what an earlier one has of the same token. LoRA on
+    the embedding is `a` [r, size], `b` [D, r]; on the head `a` [r, D], `b` [size, r]."""
+
+    size: int
+    embedding: tuple[StoredRows, ...] = ()
+    head: tuple[StoredRows, ...] = ()
+    embedding_lora: StoredPair | None = None
+    head_lora: StoredPair | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Of the embedding or of the head, whichever has more of its own."""
+        return max(_num_ids(parts) for parts in (self.embedding, self.head))
+
+    @property
+    def loras(self) -> list[StoredPair]:
+        return [pair for pair in (self.embedding_lora, self.head_lora) if pair is not None]
+
+
+def _num_ids(parts: tuple[StoredRows, ...]) -> int:
+    if not parts:
+        return 0
+    return len(np.unique(np.concatenate([part.ids for part in parts])))
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What stands where. `runs` are (offset in the file, offset in the buffer, bytes); one is usual."""
@@ -147,9 +184,12 @@ class Layout:
     runs: tuple[tuple[int, int, int], ...]
     experts: dict[str, StoredExperts] = field(default_factory=dict)
     head: StoredHead | None = None
+    vocabulary: StoredVocabulary | None = None
 
     @property
     def num_bytes(self) -> int:
+        if not self.runs:  # of a copy of the base model's rows, nothing is kept
+            return 0
         _, offset, size = self.runs[-1]
         return offset + size
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig
 from loramux.engine.pooling import PoolingModel
-from loramux.engine.validation import validate_pooling, validate_request
+from loramux.engine.validation import validate_pooling, validate_request, vocabulary_of
 from loramux.errors import InvalidField
 from loramux.types import (
     NOTHING_SAMPLED,
@@ -56,13 +56,15 @@ class Admission:
             limit -= max(0, media.shift)
         if isinstance(params, SamplingParams):
             self._pooling.check_generation()
-            sampling, pooling = validate_request(prompt, params, limit, self._vocab_size), None
-        else:
-            validate_pooling(prompt, params, limit, self._vocab_size, self._pooling.hidden_size)
-            prompt = self._pooling.prompt(prompt, params)
-            sampling, pooling = NOTHING_SAMPLED, params
         acquired = self._acquire(uses)
         try:
+            size = vocabulary_of(acquired, self._vocab_size)
+            if isinstance(params, SamplingParams):
+                sampling, pooling = validate_request(prompt, params, limit, size), None
+            else:
+                validate_pooling(prompt, params, limit, size, self._pooling.hidden_size)
+                prompt = self._pooling.prompt(prompt, params)
+                sampling, pooling = NOTHING_SAMPLED, params
             self._pooling.check(pooling, acquired)
         except Exception:
             self.release(acquired)

@@ -10,7 +10,7 @@ Only the thread that loads waits, and for that event alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,6 +77,20 @@ class DeviceLoader:
         """Have the memory that a load takes. Raises AdapterLoadFailed when there is none."""
         with self._ours(weights.ref.name):
             self._stage(weights)
+
+    @torch.inference_mode()
+    def write(
+        self, name: str, write: Callable[[], None], after: torch.cuda.Event | None = None
+    ) -> None:
+        """Let `write` copy what adapter `name` has beside its rank rows; it is there when this returns.
+
+        `after` and errors as `load` has them."""
+        with self._ours(name):
+            if after is not None:
+                self._stream.wait_event(after)
+            write()
+            self._done.record(self._stream)
+            self._done.synchronize()
 
     @contextmanager
     def _ours(self, name: str) -> Iterator[None]:
