@@ -1,5 +1,5 @@
 """Adapters that change the vocabulary against PEFT: LoRA on the embedding and the head, full copies,
-trained tokens, added and cut vocabularies; all of them in one batch with base rows and plain adapters."""
+trained tokens, added and cut vocabularies; all in one batch with base rows and plain adapters."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ class VocabularyOracle:
             tokens.append(int(self.logits(adapter, tokens, size)[-1].argmax()))
         return tokens[len(prompt) :]
 
-    def hidden(self, adapter: Path | None, prompt: Sequence[int], size: int = VOCAB) -> torch.Tensor:
+    def hidden(
+        self, adapter: Path | None, prompt: Sequence[int], size: int = VOCAB
+    ) -> torch.Tensor:
         """The final hidden state [D] of the last token."""
         with torch.no_grad():
             model = copy.copy(self.model(adapter, size))

@@ -45,11 +45,10 @@ from loramux.adapters.vocabulary import (
 from loramux.adapters.vocabulary_rows import (
     BaseVocabulary,
     Copies,
-    compare_copies,
+    kept_copies,
     pieces_of,
     rows_report,
     stored_vocabulary,
-    too_many_rows,
 )
 from loramux.adapters.weights import (
     AdapterSource,
@@ -109,8 +108,8 @@ def read_adapter(
     """Read the adapter in `folder` for the model that `schema` describes.
 
     Weights come back on the CPU as the file holds them, fit to be served in `dtype`; of full copies of
-    the embedding or the head, those rows that differ from `base`. Raises AdapterNotFound when there is no such folder, AdapterRejected with every reason when it cannot
-    be served exactly.
+    the embedding or the head, the rows that differ from `base`. Raises AdapterNotFound when there is no
+    such folder, AdapterRejected with every reason when it cannot be served exactly.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -146,7 +145,15 @@ def read_adapter(
             ", ".join(summarise(bindings.left_out)),
         )
     rows = bindings.rows()
-    bindings = _compare(name, bindings, folder / WEIGHTS_NAME, identity, schema, config, base)
+    if bindings.vocabulary is not None:
+        copies, reasons = kept_copies(
+            *(folder / WEIGHTS_NAME, identity, bindings.vocabulary, schema.vocabulary, config, base)
+        )
+        if not reasons and not bindings.tensors() and copies.num_rows == 0:
+            reasons = ["it is a copy of the base model's vocabulary: the adapter would do nothing"]
+        if reasons:
+            raise AdapterRejected(name, reasons)
+        bindings = replace(bindings, copies=copies)
     layout, stored = _lay_out(bindings, schema)
     source = AdapterSource(
         folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
@@ -155,11 +162,11 @@ def read_adapter(
         buffer = source.read(memory or HostMemory())  # [num_bytes] uint8
     except OSError as error:
         raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
-    row_keys = set() if bindings.vocabulary is None else bindings.vocabulary.row_keys
+    row_keys = bindings.vocabulary.row_keys if bindings.vocabulary else set[str]()
+    row_dtype = base.dtype if base else dtype
     reasons = _check_values(buffer, {k: s for k, s in stored.items() if k not in row_keys}, dtype)
-    if base is not None:  # rows are in the model's data type
-        rows_stored = {k: s for k, s in stored.items() if k in row_keys}
-        reasons += _check_values(buffer, rows_stored, base.dtype)
+    rows_of_own = {k: s for k, s in stored.items() if k in row_keys}
+    reasons += _check_values(buffer, rows_of_own, row_dtype)
     if reasons:
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
@@ -174,32 +181,6 @@ def read_adapter(
         vocabulary_rows=layout.vocabulary.num_rows if layout.vocabulary else 0,
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema, layout)
-
-
-def _compare(
-    name: str,
-    bindings: _Bindings,
-    path: Path,
-    identity: FileIdentity,
-    schema: ModelSchema,
-    config: LoRAConfig,
-    base: BaseVocabulary | None,
-) -> _Bindings:
-    """`bindings` with the rows of its full copies that are kept. Raises AdapterRejected."""
-    vocabulary, spec = bindings.vocabulary, schema.vocabulary
-    if vocabulary is None or spec is None:
-        return bindings
-    try:
-        copies, reasons = compare_copies(path, identity, vocabulary, spec, base)
-    except OSError as error:
-        reasons = [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]
-    if not reasons:
-        reasons = too_many_rows(vocabulary, copies, config)
-    if not reasons and not bindings.tensors() and not any(map(len, copies.ids.values())):
-        reasons = ["it is a copy of the base model's vocabulary: the adapter would do nothing"]
-    if reasons:
-        raise AdapterRejected(name, reasons)
-    return replace(bindings, copies=copies)
 
 
 def _identity(path: Path) -> FileIdentity | None:
@@ -305,10 +286,10 @@ def _lay_out(bindings: _Bindings, schema: ModelSchema) -> tuple[Layout, dict[str
     }
     experts = stored_experts(bindings.experts, stored)
     head = bindings.head.stored(stored) if bindings.head else None
-    rows = None
+    own = None
     if vocabulary is not None and schema.vocabulary is not None:
-        rows = stored_vocabulary(vocabulary, bindings.copies, schema.vocabulary, stored)
-    return Layout(pairs, tuple(runs), experts, head, rows), stored
+        own = stored_vocabulary(vocabulary, bindings.copies, schema.vocabulary, stored)
+    return Layout(pairs, tuple(runs), experts, head, own), stored
 
 
 def _num_elements(layout: Layout) -> int:
@@ -319,7 +300,9 @@ def _num_elements(layout: Layout) -> int:
         pairs += vocabulary.loras
         stored = [part.rows for part in (*vocabulary.embedding, *vocabulary.head)]
     stored += [factor for pair in pairs for factor in (pair.a, pair.b)]
-    return sum(one.rows * one.columns for one in stored) + sum(experts.num_elements for experts in layout.experts.values())
+    return sum(one.rows * one.columns for one in stored) + sum(
+        experts.num_elements for experts in layout.experts.values()
+    )
 
 
 def _check_values(

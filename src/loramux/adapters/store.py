@@ -88,7 +88,8 @@ class AdapterStore:
     ):
         """`rehearse` raises when the device could not take a new adapter. `on_pins` is told, by digest,
         which versions the device must keep, whenever that changes. `head_dtype` is the model's;
-        None: the same as the adapters' `dtype`. `base` has the rows that full copies are compared with."""
+        None: the same as the adapters' `dtype`. `base` has the rows that full copies are
+        compared with."""
         self._base = base
         self._schema = schema
         self._config = config

@@ -147,7 +147,9 @@ class _Binder:
             module: [module, *(a for a, name in schema.aliases.items() if name == module)]
             for module in spec.modules
         }
-        self._saved = [m for m in spec.modules if any(self._means(n, m) for n in peft.saved_modules)]
+        self._saved = [
+            m for m in spec.modules if any(self._means(n, m) for n in peft.saved_modules)
+        ]
         self._ids = self._listed_tokens()
         self._ties = spec.tied and not peft.saved_heads
 
@@ -161,7 +163,9 @@ class _Binder:
         found = {}
         for name, ids in self._peft.token_indices.items():
             for module in self._spec.modules:
-                if ids and (self._means(name, module) or (not name and module == self._spec.embedding)):
+                if ids and (
+                    self._means(name, module) or (not name and module == self._spec.embedding)
+                ):
                     found[module] = ids
         return found
 
@@ -169,7 +173,11 @@ class _Binder:
         """Names of modules that are neither the embedding nor the head."""
         for name in names:
             if not any(self._means(name, module) for module in self._spec.modules):
-                key = "modules_to_save" if name in self._peft.saved_modules else "trainable_token_indices"
+                key = (
+                    "modules_to_save"
+                    if name in self._peft.saved_modules
+                    else "trainable_token_indices"
+                )
                 yield f"{key}={name[:80]!r}: {NOT_SAVED}"
 
     def _own_tokens(self) -> dict[str, tuple[int, ...]]:
@@ -346,7 +354,7 @@ class _Binder:
                     "rows that were added must be in the file whole (save_embedding_layers=True)"
                 )
             if module in binding.lora or module in self._saved:
-                yield f"{module} has trained tokens and is adapted otherwise as well: PEFT cannot load that"
+                yield f"{module} has trained tokens and is adapted otherwise: PEFT cannot load that"
         for module in binding.lora:
             if module in self._saved:
                 yield f"{module} is in modules_to_save and has LoRA: PEFT cannot load that"
@@ -356,7 +364,7 @@ class _Binder:
                 if module not in binding.copies:
                     yield (
                         f"its vocabulary has {binding.size} tokens and the model's {spec.size}, but the "
-                        f"file does not have the rows of {module}; save it with save_embedding_layers=True"
+                        f"file lacks the rows of {module}; save it with save_embedding_layers=True"
                     )
         if self._ties and self._peft.ensures_tying and len(binding.lora) == 2:
             embedding, head = binding.lora[spec.embedding], binding.lora[spec.head]

@@ -42,10 +42,31 @@ class BaseVocabulary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """By the tensor's key: the rows that are kept, int64, in their order; and the SHA-256 of the whole."""
+    """By the tensor's key: the rows that are kept, int64, ascending; and the SHA-256 of the whole."""
 
     ids: dict[str, np.ndarray] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.ids.values()))
+
+
+def kept_copies(
+    path: Path,
+    identity: FileIdentity,
+    binding: VocabularyBinding,
+    spec: VocabularySpec | None,
+    config: LoRAConfig,
+    base: BaseVocabulary | None,
+) -> tuple[Copies, list[str]]:
+    """What is kept of the copies in the file at `path`, or every reason against it."""
+    assert spec is not None, "a part of a vocabulary that is not there. This is a bug."
+    try:
+        copies, reasons = compare_copies(path, identity, binding, spec, base)
+    except OSError as error:
+        return Copies(), [f"{path.name} is damaged or truncated: {error}"]
+    return copies, reasons or too_many_rows(binding, copies, config)
 
 
 def compare_copies(
@@ -69,7 +90,9 @@ def compare_copies(
         for tensor in binding.compared:
             module = module_of.get(tensor.key)
             try:
-                kept = _read(file.fileno(), tensor, None if module is None else (module, spec, base))
+                kept = _read(
+                    file.fileno(), tensor, None if module is None else (module, spec, base)
+                )
             except ValueError as error:
                 return copies, [f"{tensor.key} cannot be compared with the base model: {error}"]
             copies.digests[tensor.key], copies.ids[tensor.key] = kept
@@ -136,7 +159,7 @@ def stored_vocabulary(
     spec: VocabularySpec,
     stored: Mapping[str, Stored],
 ) -> StoredVocabulary | None:
-    """Where all of it stands, by the places of all tensors; None: the base model's vocabulary is kept."""
+    """Where all of it stands, by the places of all tensors; None: nothing is changed."""
     parts: dict[str, tuple[StoredRows, ...]] = {}
     for module in spec.modules:
         found = []
@@ -159,9 +182,7 @@ def stored_vocabulary(
     )
 
 
-def too_many_rows(
-    binding: VocabularyBinding, copies: Copies, config: LoRAConfig
-) -> list[str]:
+def too_many_rows(binding: VocabularyBinding, copies: Copies, config: LoRAConfig) -> list[str]:
     """The reason when a module has more rows of its own than a place has room for."""
     counts = {}
     for module in {*binding.copies, *binding.tokens}:

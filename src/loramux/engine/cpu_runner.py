@@ -87,8 +87,7 @@ class CpuRunner(Runner):
 
     def _fill_batch(self, plan: StepPlan, media: StepMedia | None = None) -> None:
         batch = self.attached.batch
-        if self._vocabularies is not None:
-            batch.vocabulary = self._vocabularies.step(plan.rows)
+        batch.vocabulary = self._vocabulary_step(plan.rows)
         batch.slots = self._slots(plan.rows)  # [T]
         batch.attention = self._attention(plan.rows)
         if media is not None and media.last_keys is not None:

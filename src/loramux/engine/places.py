@@ -95,7 +95,7 @@ class Places:
         return tuple((self._pool.row_of(digest), scale) for digest, scale in sequence.composition)
 
     def _rows(self, ref: AdapterRef) -> int:
-        """Pool rows to take: one that changes the vocabulary has a place alone, with all that is there."""
+        """Pool rows to take: an adapter that changes the vocabulary has a place for itself."""
         assert self._pool is not None
         return self._pool.rows_per_slot if ref.vocabulary_size else ref.max_r
 

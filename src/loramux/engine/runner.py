@@ -17,11 +17,12 @@ from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
 from loramux.config.memory import pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
 from loramux.engine.encoder_step import EncoderStep, StepMedia
-from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
+from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
 from loramux.engine.reading import Reading
 from loramux.engine.vocabulary import Vocabularies
 from loramux.errors import ConfigError
 from loramux.kernels import LoRASite
+from loramux.layers.batch import VocabularyStep
 from loramux.layers.dealt import dealt_sites
 from loramux.layers.experts import own_sites
 from loramux.models.attach import Attached
@@ -190,6 +191,10 @@ class Runner(ABC):
         for name, stored in weights.layout.experts.items():
             spec = self.attached.schema.modules[name]
             _write_experts(sites[spec.site], spec.slice_index, stored, weights.buffer, first)
+
+    def _vocabulary_step(self, rows: Sequence[Row]) -> VocabularyStep | None:
+        """What of `rows` changes the vocabulary; None: nothing."""
+        return None if self._vocabularies is None else self._vocabularies.step(rows)
 
     def _masked(self, logits: torch.Tensor) -> torch.Tensor:
         """The step's logits [B, V] without tokens that a row's vocabulary does not have."""

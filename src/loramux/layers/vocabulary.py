@@ -1,4 +1,4 @@
-"""Vocabularies of adapters: rows of the embedding and the head of their own, added tokens, and LoRA on both.
+"""Vocabularies of adapters: own rows of the embedding and the head, added tokens, LoRA on both.
 
     ids ── embedding ── rows of the adapter's own in place of the base model's ── + LoRA ── body
     hidden ── head ── its own rows' logits into their columns ── + LoRA ── columns it lacks: -inf
@@ -34,6 +34,10 @@ class VocabularyPart:
     @property
     def replaces(self) -> bool:
         return self.embeds or self.head_rows > 0
+
+
+NO_PART = VocabularyPart(0, 0, False, 0)
+"""Of an adapter that changes no vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,8 @@ class VocabularyPool:
     def embed(
         self, ids: torch.Tensor, x: torch.Tensor, step: VocabularyStep, scale: torch.Tensor | None
     ) -> None:
-        """Change the embeddings x [T, D] of tokens ids [T] as the step's adapters do. `scale` is what the
-        model's embedding multiplies its rows by."""
+        """Change the embeddings x [T, D] of tokens ids [T] as the step's adapters do. `scale` is what
+        the model's embedding multiplies its rows by."""
         for run in step.runs:
             here, y = ids[run.tokens], x[run.tokens]  # [n], [n, D]
             for part in self._parts_of(run):
@@ -94,10 +98,9 @@ class VocabularyPool:
                     y = torch.where((row >= 0).unsqueeze(-1), own, y)  # [n, D]
             total = y.float()  # [n, D]
             for first, factor in run.members:
-                part = self.parts.get(first)
-                if part is None or not part.embedding_lora[0]:
+                r, own_scale = self.parts.get(first, NO_PART).embedding_lora
+                if not r:
                     continue
-                r, own_scale = part.embedding_lora
                 h = self.embedding_a.narrow(1, first, r)[here].float()  # [n, r]
                 delta = (h @ self.embedding_b[first : first + r].float()) * (own_scale * factor)
                 total = total + (delta if scale is None else delta * scale.float())  # [n, D]
@@ -117,10 +120,9 @@ class VocabularyPool:
                     own = h @ self.head_rows[part.place, :count].t()  # [m, n]
                     logits.index_copy_(1, self.head_ids[part.place, :count], own.to(y.dtype))
             for first, factor in run.members:
-                part = self.parts.get(first)
-                if part is None or not part.head_lora[0]:
+                r, own_scale = self.parts.get(first, NO_PART).head_lora
+                if not r:
                     continue
-                r, own_scale = part.head_lora
                 ranks = slice(first, first + r)
                 s = h.float() @ self.head_a[ranks].float().t()  # [m, r]
                 delta = (s * (own_scale * factor)) @ self.head_b[ranks, : step.size].float()
@@ -150,7 +152,9 @@ class VocabularyPool:
 class VocabularyHooks:
     """Lets a model's own embedding and head go through the pool, in steps whose batch says so."""
 
-    def __init__(self, pool: VocabularyPool, batch: StepBatch, embedding: nn.Module, head: nn.Module):
+    def __init__(
+        self, pool: VocabularyPool, batch: StepBatch, embedding: nn.Module, head: nn.Module
+    ):
         self._pool = pool
         self._batch = batch
         self._ids: torch.Tensor | None = None

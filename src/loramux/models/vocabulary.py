@@ -20,7 +20,9 @@ from loramux.models.shards import Part
 from loramux.parallel import Stripe, all_of
 from loramux.schema import ModelSchema, VocabularySpec
 
-LORA_OFF = "LoRA on the {} is served with --enable-vocabulary-lora only (enable_vocabulary_lora is off)"
+LORA_OFF = (
+    "LoRA on the {} is served with --enable-vocabulary-lora only (enable_vocabulary_lora is off)"
+)
 
 
 def find_vocabulary(model: PreTrainedModel) -> VocabularySpec | None:
