@@ -3,6 +3,7 @@ trained tokens, added and cut vocabularies; all in one batch with base rows and 
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
+from gpu.replaying import CpuReplayingRunner
 from loramux import LLM, PoolingParams, SamplingParams
 from loramux.engine import engine, follower
 from loramux.engine.gpu_runner import GpuRunner
-from loramux.errors import InvalidField, LoramuxError
+from loramux.errors import InvalidField
 from loramux.models import loader
 from loramux.types import AdapterUse
 from parity.vocabularies import ADDED, VocabularyOracle, save_vocabulary
@@ -170,3 +174,189 @@ def test_a_model_that_keeps_its_own_forward_equals_peft(case: Case, monkeypatch)
 def test_the_packed_steps_of_gpus_equal_peft(case: Case, monkeypatch, ahead: bool) -> None:
     monkeypatch.setattr(engine, "make_runner", GpuRunner)
     _served_as_peft(case, async_scheduling=ahead, max_num_batched_tokens=48)
+
+
+def test_captured_bodies_equal_peft(case: Case, monkeypatch) -> None:
+    """With graphs that run their step once more: on a GPU, tests/gpu/test_vocabularies_on_gpu.py."""
+    monkeypatch.setattr(engine, "make_runner", CpuReplayingRunner)
+    settings = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "async_scheduling": True}
+    settings |= {"cudagraph_capture_sizes": [4, 8, 24], "max_model_len": 128}
+    with LLM(str(case.model), **SETTINGS | settings) as llm:
+        case.use(llm)
+        tokens, _ = _run(llm, case.asked)
+        assert tokens == [one.expected for one in case.asked]
+        events = [event for event in llm.engine.runner.events if event.kind == "replay"]
+        outer = [event for event in events if event.key is not None and event.key.outer]
+        assert len(outer) > 5
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(
+    ("packed", "fully"), [(False, False), (True, False), (True, True), (False, True)]
+)
+def test_ranks_equal_peft(case: Case, monkeypatch, packed: bool, fully: bool) -> None:
+    if packed:
+        monkeypatch.setattr(engine, "make_runner", GpuRunner)
+        monkeypatch.setattr(follower, "make_runner", GpuRunner)
+    _served_as_peft(
+        case, tensor_parallel_size=2, async_scheduling=packed, fully_sharded_loras=fully
+    )
+
+
+def _sum_of(case: Case, adapters: list[tuple[str, float]], tokens: list[int]) -> torch.Tensor:
+    """Logits [T, V] with scaled adapters merged into the base weights; rows replaced first."""
+    model = copy.deepcopy(case.oracle.model(None))
+    model.get_output_embeddings().weight = torch.nn.Parameter(
+        model.get_output_embeddings().weight.detach().clone()
+    )
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        for name, _ in adapters:
+            own = case.oracle.model(case.adapters[name])
+            ids = FEATURES.get(name, {}).get("trainable_token_indices")
+            if isinstance(ids, dict):
+                embedding[ids["embed_tokens"]] = own.get_input_embeddings().weight[
+                    ids["embed_tokens"]
+                ]
+                head[ids["lm_head"]] = own.get_output_embeddings().weight[ids["lm_head"]]
+        for name, scale in adapters:
+            own = case.oracle.model(case.adapters[name]).base_model.model
+            for path, module in own.named_modules():
+                if isinstance(module, LoraLayer):
+                    delta = module.get_delta_weight("default")
+                    model.get_submodule(path).weight += scale * delta
+        ids = torch.tensor([tokens])
+        return model(input_ids=ids).logits[0]
+
+
+def test_sums_equal_the_merged_weights(case: Case) -> None:
+    dice = random.Random()
+    sums = [
+        [("embedding-lora", 0.5), ("both-lora", -1.5)],
+        [("tokens-of-both", 2.0), ("head-lora", 0.7), ("plain", 1.0)],
+        [("plain", 0.5), ("tokens-of-both", 1.0), ("embedding-lora", 1.0)],
+    ]
+    prompts = [[4, 8, 7, *(dice.randrange(3, VOCAB) for _ in range(12))] for _ in sums]
+    with LLM(str(case.model), **SETTINGS) as llm:
+        case.use(llm)
+        for number, (members, prompt) in enumerate(zip(sums, prompts, strict=True)):
+            uses = [AdapterUse(name, scale) for name, scale in members]
+            llm.engine.submit(str(number), prompt, GREEDY, uses)
+        found: dict[int, list[Any]] = {}
+        while llm.engine.has_requests:
+            for delta in llm.engine.step():
+                assert delta.error is None
+                found.setdefault(int(delta.request_id), []).extend(delta.logprobs or ())
+        llm.engine.check_integrity()
+    for number, (members, prompt) in enumerate(zip(sums, prompts, strict=True)):
+        tokens = [*prompt, *(entry.chosen.token_id for entry in found[number])]
+        wanted = _sum_of(case, members, tokens[:-1]).log_softmax(-1)[len(prompt) - 1 :]
+        for entry, values in zip(found[number], wanted, strict=True):
+            assert entry.chosen.token_id == int(values.argmax())
+            for item in entry.top:
+                assert item.logprob == pytest.approx(float(values[item.token_id]), abs=2e-3)
+
+
+def test_embeddings_of_prompts_equal_peft(case: Case) -> None:
+    """What is pooled goes through the adapter's embedding, and not through its head."""
+    names = ["embedding-lora", "added", "tokens", "head-copy", "tied-copy"]
+    with LLM(str(case.model), **SETTINGS) as llm:
+        case.use(llm)
+        for name in names:
+            size = _size(name)
+            prompt = [5, 17, size - 1, 40, 300 % size, 9]
+            uses = [AdapterUse(name)]
+            llm.engine.submit(name, prompt, PoolingParams(normalize=False), uses)
+            pooled = []
+            while llm.engine.has_requests:
+                pooled += [d.pooled for d in llm.engine.step() if d.pooled is not None]
+            wanted = case.oracle.hidden(case.adapters[name], prompt, size)
+            torch.testing.assert_close(
+                torch.tensor(pooled[0].values.tolist()), wanted, atol=2e-4, rtol=1e-3
+            )
+
+
+def test_an_added_token_is_generated_and_goes_on(case: Case, tmp_path: Path) -> None:
+    """The head's row of one added token is made to win after every token: chosen from random draws,
+    under penalties and a bias, until a bias forbids it; base rows beside it never get it."""
+    folder = save_vocabulary(case.model, tmp_path / "sure", 3, resize=WIDE)
+    weights = load_file(folder / "adapter_model.safetensors")
+    prompt = [7, 9, VOCAB + 1, 30]
+    hidden = case.oracle.hidden(folder, prompt, WIDE)  # [D]
+    tied = case.oracle.model(None).config.tie_word_embeddings
+    for key, tensor in weights.items():
+        if key.endswith("lm_head.weight") or (tied and key.endswith("embed_tokens.weight")):
+            tensor[VOCAB + 2] = 50 * hidden / hidden.norm()
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "adapter_model.safetensors")
+    oracle = VocabularyOracle(case.model)
+    wanted = oracle.greedy(folder, prompt, 6, WIDE)
+    assert wanted[0] == VOCAB + 2
+    ways = {
+        "greedy": SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+        "stop": SamplingParams(temperature=0, max_tokens=6, stop_token_ids=(VOCAB + 2,)),
+        "biased": SamplingParams(
+            temperature=0, max_tokens=1, logit_bias=((VOCAB + 2, -500.0), (VOCAB, 400.0))
+        ),
+        "penalised": SamplingParams(
+            temperature=0, max_tokens=6, ignore_eos=True, repetition_penalty=1.3
+        ),
+        "drawn": SamplingParams(temperature=0.3, seed=5, max_tokens=1, logprobs=20, top_k=50),
+    }
+    with LLM(str(case.model), **SETTINGS) as llm:
+        llm.engine.add_adapter("sure", str(folder))
+        for name, params in ways.items():
+            llm.engine.submit(name, prompt, params, [AdapterUse("sure")])
+        free = SamplingParams(temperature=50.0, seed=1, max_tokens=40, ignore_eos=True)
+        llm.engine.submit("base", prompt[:2], free)
+        tokens: dict[str, list[int]] = {}
+        while llm.engine.has_requests:
+            for delta in llm.engine.step():
+                assert delta.error is None
+                tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    assert tokens["greedy"] == wanted
+    assert tokens["stop"][0] == tokens["drawn"][0] == VOCAB + 2 and len(tokens["stop"]) == 1
+    assert tokens["biased"] == [VOCAB]
+    assert tokens["penalised"][0] == VOCAB + 2
+    assert max(tokens["base"]) < VOCAB and len(tokens["base"]) == 40
+
+
+def test_a_replaced_version_answers_with_its_own_rows(case: Case) -> None:
+    """Requests in flight finish on the old one; plain adapters take its place afterwards."""
+    one = next(one for one in case.asked if one.adapter == "tokens")
+    other = case.oracle.greedy(case.adapters["tokens-of-both"], one.prompt, COUNT)
+    with LLM(str(case.model), **SETTINGS | {"max_loras": 2}) as llm:
+        llm.engine.add_adapter("x", str(case.adapters["tokens"]))
+        llm.engine.submit("old", one.prompt, GREEDY, [AdapterUse("x")])
+        llm.engine.step()
+        llm.engine.add_adapter("x", str(case.adapters["tokens-of-both"]), replace=True)
+        llm.engine.add_adapter("plain", str(case.adapters["plain"]))
+        llm.engine.submit("new", one.prompt, GREEDY, [AdapterUse("x")])
+        llm.engine.submit("plain", one.prompt, GREEDY, [AdapterUse("plain")])
+        found: dict[str, list[int]] = {}
+        while llm.engine.has_requests:
+            for delta in llm.engine.step():
+                found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        plain = case.oracle.greedy(case.adapters["plain"], one.prompt, COUNT)
+        assert found == {"old": one.expected, "new": other, "plain": plain}
+        llm.engine.check_integrity()
+
+
+def test_requests_outside_their_vocabulary_are_refused(case: Case) -> None:
+    def refused(uses: list[str], prompt: list[int], **params: Any) -> str:
+        adapters = [AdapterUse(name) for name in uses]
+        with pytest.raises(InvalidField) as caught:
+            llm.engine.submit("x", prompt, SamplingParams(max_tokens=2, **params), adapters)
+        return str(caught.value)
+
+    with LLM(str(case.model), **SETTINGS) as llm:
+        case.use(llm)
+        assert f"outside the vocabulary of {VOCAB}" in refused([], [5, VOCAB])
+        assert f"outside the vocabulary of {VOCAB}" in refused(["plain"], [5, VOCAB])
+        assert f"outside the vocabulary of {WIDE}" in refused(["added"], [5, WIDE])
+        assert f"outside the vocabulary of {CUT}" in refused(["cut"], [5, CUT])
+        assert "stop_token_ids" in refused(["cut"], [5], stop_token_ids=(CUT,))
+        assert "logit_bias" in refused(["tokens"], [5], logit_bias=((VOCAB, 1.0),))
+        both = refused(["added", "tokens"], [5])
+        assert "'added', 'tokens'" in both and "one of a sum may" in both
+        assert not llm.engine.has_requests
+        llm.engine.check_integrity()

@@ -37,6 +37,7 @@ from loramux.adapters.linears import (
 )
 from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
 from loramux.adapters.report import Binding, BindingReport, BindingRow, summarise
+from loramux.adapters.values import check_values
 from loramux.adapters.vocabulary import (
     VocabularyBinding,
     bind_vocabulary,
@@ -89,6 +90,11 @@ class _Bindings:
         every = chain(vocabulary, chain.from_iterable(binding.rows for binding in self))
         return sorted(every, key=lambda row: (row.tensor, row.module))
 
+    @property
+    def row_keys(self) -> set[str]:
+        """Of tensors that are rows of the vocabulary."""
+        return self.vocabulary.row_keys if self.vocabulary else set()
+
     def tensors(self) -> dict[str, FileTensor]:
         """By key, those that are kept whole."""
         found = {t.key: t for binding in self for t in (binding.a, binding.b)}
@@ -126,34 +132,19 @@ def read_adapter(
     bindings = _Bindings([], [])
     if peft_config is not None and not file_reasons:
         try:
-            heads, tensors = split_heads(tensors)
-            parts, tensors = split_vocabulary(tensors, schema)
-            bindings, bind_reasons = _bind(peft_config, tensors, schema, config, bool(parts))
-            head, head_reasons = bind_head(heads, peft_config, schema, config, folder)
-            vocabulary, more_reasons = bind_vocabulary(parts, peft_config, schema, config)
-            bindings = replace(bindings, head=head, vocabulary=vocabulary)
-            bind_reasons += head_reasons + more_reasons
+            bindings, bind_reasons = _bind(peft_config, tensors, schema, config, folder)
         except TimeoutError:
             bind_reasons = ["a pattern of adapter_config.json takes too long to match"]
         reasons += bind_reasons
     if reasons or config_identity is None or identity is None:
         raise AdapterRejected(name, reasons or ["its files were replaced while they were read"])
-    if bindings.left_out:
-        logger.warning(
-            "adapter %r is served without its part on towers and connectors: %s",
-            name,
-            ", ".join(summarise(bindings.left_out)),
-        )
+    _tell_left_out(name, bindings.left_out)
     rows = bindings.rows()
-    if bindings.vocabulary is not None:
-        copies, reasons = kept_copies(
-            *(folder / WEIGHTS_NAME, identity, bindings.vocabulary, schema.vocabulary, config, base)
-        )
-        if not reasons and not bindings.tensors() and copies.num_rows == 0:
-            reasons = ["it is a copy of the base model's vocabulary: the adapter would do nothing"]
-        if reasons:
-            raise AdapterRejected(name, reasons)
-        bindings = replace(bindings, copies=copies)
+    bindings, reasons = _with_copies(
+        bindings, folder / WEIGHTS_NAME, identity, schema, config, base
+    )
+    if reasons:
+        raise AdapterRejected(name, reasons)
     layout, stored = _lay_out(bindings, schema)
     source = AdapterSource(
         folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
@@ -162,11 +153,7 @@ def read_adapter(
         buffer = source.read(memory or HostMemory())  # [num_bytes] uint8
     except OSError as error:
         raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
-    row_keys = bindings.vocabulary.row_keys if bindings.vocabulary else set[str]()
-    row_dtype = base.dtype if base else dtype
-    reasons = _check_values(buffer, {k: s for k, s in stored.items() if k not in row_keys}, dtype)
-    rows_of_own = {k: s for k, s in stored.items() if k in row_keys}
-    reasons += _check_values(buffer, rows_of_own, row_dtype)
+    reasons = check_values(buffer, stored, dtype, bindings.row_keys, base.dtype if base else dtype)
     if reasons:
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
@@ -181,6 +168,34 @@ def read_adapter(
         vocabulary_rows=layout.vocabulary.num_rows if layout.vocabulary else 0,
     )
     return AdapterWeights(ref, buffer, source), _report(ref, rows, schema, layout)
+
+
+def _tell_left_out(name: str, modules: list[str]) -> None:
+    if modules:
+        logger.warning(
+            "adapter %r is served without its part on towers and connectors: %s",
+            name,
+            ", ".join(summarise(modules)),
+        )
+
+
+def _with_copies(
+    bindings: _Bindings,
+    path: Path,
+    identity: FileIdentity,
+    schema: ModelSchema,
+    config: LoRAConfig,
+    base: BaseVocabulary | None,
+) -> tuple[_Bindings, list[str]]:
+    """`bindings` with what is kept of full copies of the vocabulary, or reasons against them."""
+    if bindings.vocabulary is None:
+        return bindings, []
+    copies, reasons = kept_copies(
+        path, identity, bindings.vocabulary, schema.vocabulary, config, base
+    )
+    if not reasons and not bindings.tensors() and copies.num_rows == 0:
+        reasons = ["it is a copy of the base model's vocabulary: the adapter would do nothing"]
+    return replace(bindings, copies=copies), reasons
 
 
 def _identity(path: Path) -> FileIdentity | None:
@@ -211,11 +226,28 @@ def _bind(
     tensors: list[FileTensor],
     schema: ModelSchema,
     config: LoRAConfig,
-    has_more: bool,
+    folder: Path,
 ) -> tuple[_Bindings, list[str]]:
-    """Give each tensor its module; every tensor that finds none is a reason. `has_more`: the file has
-    others that change the vocabulary."""
-    if not tensors and not has_more:
+    """Give each tensor its module; every tensor that finds none is a reason."""
+    heads, tensors = split_heads(tensors)
+    parts, tensors = split_vocabulary(tensors, schema)
+    bindings, reasons = _bind_layers(peft, tensors, schema, config, alone=not parts)
+    head, head_reasons = bind_head(heads, peft, schema, config, folder)
+    vocabulary, more_reasons = bind_vocabulary(parts, peft, schema, config)
+    bindings = replace(bindings, head=head, vocabulary=vocabulary)
+    return bindings, reasons + head_reasons + more_reasons
+
+
+def _bind_layers(
+    peft: PeftConfig,
+    tensors: list[FileTensor],
+    schema: ModelSchema,
+    config: LoRAConfig,
+    *,
+    alone: bool,
+) -> tuple[_Bindings, list[str]]:
+    """LoRA on the layers; `alone`: the file changes nothing of the vocabulary."""
+    if not tensors and alone:
         reason = f"{WEIGHTS_NAME} holds no tensor of LoRA: the adapter would do nothing"
         return _Bindings([], []), [reason]
     modules, reasons = group(sorted(tensors, key=lambda t: t.key))
@@ -241,7 +273,7 @@ def _bind(
     linear, linear_reasons = bind_linears(linears, peft, schema, config)
     of_experts, expert_reasons = bind_experts(experts, peft, schema, config)
     reasons += linear_reasons + expert_reasons
-    if linears or experts or has_more:
+    if linears or experts or not alone:
         reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema, config)
     elif left_out:
         reasons.append("all of it is on towers and connectors: nothing would be left to serve")
@@ -303,46 +335,6 @@ def _num_elements(layout: Layout) -> int:
     return sum(one.rows * one.columns for one in stored) + sum(
         experts.num_elements for experts in layout.experts.values()
     )
-
-
-def _check_values(
-    buffer: torch.Tensor, stored: Mapping[str, Stored], dtype: torch.dtype
-) -> list[str]:
-    """Reasons against values that are not finite, or would not be in `dtype`.
-
-    Tensors that stand side by side are looked at together, and one by one only to name the bad ones.
-    """
-    bad = []
-    for keys in _side_by_side(stored):
-        first, last = stored[keys[0]], stored[keys[-1]]
-        whole = buffer[first.offset : last.end].view(first.dtype)  # [elements]
-        if _complaint(whole, dtype):
-            complaints = ((key, _complaint(stored[key].view(buffer), dtype)) for key in keys)
-            bad += [f"{key} {complaint}" for key, complaint in complaints if complaint]
-    return summarise(sorted(bad))
-
-
-def _side_by_side(stored: Mapping[str, Stored]) -> Iterator[list[str]]:
-    """The keys, in runs of tensors of one data type without a gap."""
-    run: list[str] = []
-    for key, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
-        before = stored[run[-1]] if run else tensor
-        if run and (tensor.offset, tensor.dtype) != (before.end, before.dtype):
-            yield run
-            run = []
-        run.append(key)
-    if run:
-        yield run
-
-
-def _complaint(values: torch.Tensor, dtype: torch.dtype) -> str:
-    """The extremes tell: NaN spreads into them, and rounding keeps the order of what it rounds."""
-    extremes = torch.stack(torch.aminmax(values))  # [2]
-    if not bool(extremes.isfinite().all()):
-        return "holds NaN or infinity"
-    if not bool(extremes.to(dtype).isfinite().all()):
-        return f"overflows in {dtype}; serve it with --lora-dtype float32"
-    return ""
 
 
 def _digest(

@@ -257,7 +257,7 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
         reasons.append("target_parameters must be a list of strings")
     saved = data.get("modules_to_save")
     if saved and not (isinstance(saved, list) and _is_names(saved)):
-        reasons.append("modules_to_save must be a list of strings")
+        reasons.append(f"modules_to_save={_said(saved)} must be a list of strings")
     if not isinstance(data.get("ensure_weight_tying") or False, bool):
         reasons.append("ensure_weight_tying must be true or false")
     reasons += bad_token_indices(data.get("trainable_token_indices"))

@@ -188,7 +188,7 @@ class VocabularyHooks:
         logits = self._pool.project(
             x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), step
         )  # [B, size]
-        return logits.view(*y.shape[:-1], -1)  # [..., B, size]
+        return logits.view(*y.shape[:-1], logits.shape[-1])  # [..., B, size]
 
 
 def _embed_scale(table: nn.Module) -> torch.Tensor | None:
