@@ -299,14 +299,15 @@ def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:
 def _lay_out(bindings: _Bindings, schema: ModelSchema) -> tuple[Layout, dict[str, Stored]]:
     """Where everything goes in the buffer: by module, and by the tensor's key."""
     vocabulary = bindings.vocabulary
-    pieces = [(t.start, t.num_bytes, t) for t in bindings.tensors().values()]
+    later = {t.key for t in vocabulary.kept} if vocabulary else set[str]()
+    pieces = [(t.key in later, t.start, t.num_bytes, t) for t in bindings.tensors().values()]
     for tensor in vocabulary.compared if vocabulary else ():
         found = pieces_of(tensor, bindings.copies.ids[tensor.key])
-        pieces += [(start, size, tensor) for start, size in found]
-    pieces.sort(key=lambda piece: piece[0])
-    offsets, runs = place((start, size, FLOATS[t.dtype].itemsize) for start, size, t in pieces)
+        pieces += [(True, start, size, tensor) for start, size in found]
+    pieces.sort(key=lambda piece: piece[:2])
+    offsets, runs = place((start, size, FLOATS[t.dtype].itemsize) for _, start, size, t in pieces)
     stored: dict[str, Stored] = {}
-    for (_, size, tensor), offset in zip(pieces, offsets, strict=True):
+    for (_, _, size, tensor), offset in zip(pieces, offsets, strict=True):
         width, dtype = tensor.shape[-1], FLOATS[tensor.dtype]
         rows = size // (width * dtype.itemsize)
         if (before := stored.get(tensor.key)) is not None:  # the rows of a copy lie together
@@ -320,7 +321,11 @@ def _lay_out(bindings: _Bindings, schema: ModelSchema) -> tuple[Layout, dict[str
     head = bindings.head.stored(stored) if bindings.head else None
     own = None
     if vocabulary is not None and schema.vocabulary is not None:
-        own = stored_vocabulary(vocabulary, bindings.copies, schema.vocabulary, stored)
+        ends = [
+            at + size for (late, _, size, _), at in zip(pieces, offsets, strict=True) if not late
+        ]
+        spec, start = schema.vocabulary, max(ends, default=0)
+        own = stored_vocabulary(vocabulary, bindings.copies, spec, stored, start)
     return Layout(pairs, tuple(runs), experts, head, own), stored
 
 
@@ -329,7 +334,7 @@ def _num_elements(layout: Layout) -> int:
     pairs = list(layout.pairs.values())
     stored = []
     if (vocabulary := layout.vocabulary) is not None:
-        pairs += vocabulary.loras
+        pairs += vocabulary.loras.values()
         stored = [part.rows for part in (*vocabulary.embedding, *vocabulary.head)]
     stored += [factor for pair in pairs for factor in (pair.a, pair.b)]
     return sum(one.rows * one.columns for one in stored) + sum(

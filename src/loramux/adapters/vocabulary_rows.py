@@ -158,8 +158,10 @@ def stored_vocabulary(
     copies: Copies,
     spec: VocabularySpec,
     stored: Mapping[str, Stored],
+    start: int,
 ) -> StoredVocabulary | None:
-    """Where all of it stands, by the places of all tensors; None: nothing is changed."""
+    """Where all of it stands, by the places of all tensors, from byte `start` of the buffer on; None:
+    nothing is changed."""
     parts: dict[str, tuple[StoredRows, ...]] = {}
     for module in spec.modules:
         found = []
@@ -176,7 +178,7 @@ def stored_vocabulary(
     if binding.size == spec.size and not pairs and not any(parts.values()):
         return None
     return StoredVocabulary(
-        binding.size,
+        *(binding.size, spec.modules, start),
         *(parts[spec.embedding], parts[spec.head]),
         *(pairs.get(spec.embedding), pairs.get(spec.head)),
     )

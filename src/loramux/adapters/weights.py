@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -149,12 +149,15 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredVocabulary:
-    """What an adapter changes of a vocabulary, which then has `size` tokens.
+    """What an adapter changes of a vocabulary, which then has `size` tokens; `names` are those of the
+    model's embedding and head. All of it lies behind the first `start` bytes of the buffer.
 
     Of `embedding` and `head` a later part replaces what an earlier one has of the same token. LoRA on
     the embedding is `a` [r, size], `b` [D, r]; on the head `a` [r, D], `b` [size, r]."""
 
     size: int
+    names: tuple[str, str]
+    start: int
     embedding: tuple[StoredRows, ...] = ()
     head: tuple[StoredRows, ...] = ()
     embedding_lora: StoredPair | None = None
@@ -166,8 +169,10 @@ class StoredVocabulary:
         return max(_num_ids(parts) for parts in (self.embedding, self.head))
 
     @property
-    def loras(self) -> list[StoredPair]:
-        return [pair for pair in (self.embedding_lora, self.head_lora) if pair is not None]
+    def loras(self) -> dict[str, StoredPair]:
+        """By module."""
+        pairs = zip(self.names, (self.embedding_lora, self.head_lora), strict=True)
+        return {name: pair for name, pair in pairs if pair is not None}
 
 
 def _num_ids(parts: tuple[StoredRows, ...]) -> int:
@@ -192,6 +197,11 @@ class Layout:
             return 0
         _, offset, size = self.runs[-1]
         return offset + size
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes, from the start of the buffer, that have all factors of layers."""
+        return self.vocabulary.start if self.vocabulary else self.num_bytes
 
 
 def place(tensors: Iterable[tuple[int, int, int]]) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -296,7 +306,16 @@ class AdapterWeights:
     @cached_property
     def pairs(self) -> dict[str, LoRAPair]:
         """Module name -> factors; made when first asked for, since a GPU needs only the bytes."""
+        return self._views(self.layout.pairs)
+
+    @property
+    def every_pair(self) -> dict[str, LoRAPair]:
+        """`pairs`, and those of the embedding (of tokens as one-hot rows) and the output head."""
+        vocabulary = self.layout.vocabulary
+        return self.pairs | (self._views(vocabulary.loras) if vocabulary else {})
+
+    def _views(self, pairs: Mapping[str, StoredPair]) -> dict[str, LoRAPair]:
         return {
             module: LoRAPair(pair.a.view(self.buffer), pair.b.view(self.buffer).t(), pair.scale)
-            for module, pair in self.layout.pairs.items()
+            for module, pair in pairs.items()
         }

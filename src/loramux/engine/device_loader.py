@@ -106,7 +106,7 @@ class DeviceLoader:
 
     def _stage(self, weights: AdapterWeights) -> tuple[torch.Tensor, int]:
         """Staging memory for an adapter, and where in it its table starts."""
-        size = weights.buffer.numel()
+        size = weights.layout.layer_bytes
         table_at = -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
         return self._reserve(table_at + self._table.num_bytes), table_at
 
@@ -114,7 +114,7 @@ class DeviceLoader:
         self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None
     ) -> None:
         staging, table_at = self._stage(weights)  # [bytes]
-        self._send(weights.buffer, staging, 0)
+        self._send(weights.buffer[: weights.layout.layer_bytes], staging, 0)
         work = self._table.fill(
             self._sources(weights), staging.data_ptr(), load.first_row, load.ref.max_r
         )
