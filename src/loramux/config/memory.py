@@ -71,6 +71,7 @@ class MemoryPlan:
     max_loras: int  # 0: no adapters are served
     max_lora_rank: int
     num_ranks: int = 1  # each of which takes all of this
+    vocabulary_bytes: int = 0  # of the adapter pool, for adapters' own vocabularies
 
     @property
     def num_blocks(self) -> int:
@@ -124,6 +125,7 @@ def plan_memory(config: EngineConfig, facts: ModelFacts) -> MemoryPlan:
         max_loras=lora.max_loras if lora else 0,
         max_lora_rank=lora.max_lora_rank if lora else 0,
         num_ranks=config.tensor_parallel_size,
+        vocabulary_bytes=vocabulary_bytes(lora, facts) if lora else 0,
     )
 
 
