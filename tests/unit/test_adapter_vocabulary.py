@@ -237,6 +237,21 @@ def test_added_tokens_need_the_rows_of_both(
         assert any("lacks the rows of lm_head" in r for r in reader.reasons(alone))
 
 
+def test_tied_lora_is_one(reader: Reader, tmp_path: Path) -> None:
+    """PEFT writes it twice, and reads the second over the first."""
+    source = tmp_path / "tied"
+    targets = ["q_proj", "embed_tokens"]
+    save_vocabulary(reader.model, source, 5, target_modules=targets, ensure_weight_tying=True)
+    tied = reader.schema.vocabulary is not None and reader.schema.vocabulary.tied
+    stored = reader.read(source).layout.vocabulary
+    assert (
+        stored is not None and list(stored.loras) == ["model.embed_tokens", "lm_head"][: 1 + tied]
+    )
+    if tied:
+        other = _changed(source, tmp_path / "x", lambda t: t[f"{H}.lora_A.weight"][0].add_(1e-3))
+        assert any("lm_head has other LoRA" in reason for reason in reader.reasons(other))
+
+
 def test_settings_that_would_serve_it_are_named(reader: Reader, made: dict[str, Path]) -> None:
     off = LoRAConfig()
     closed = Reader(reader.model, off)

@@ -50,6 +50,7 @@ from loramux.adapters.vocabulary_rows import (
     pieces_of,
     rows_report,
     stored_vocabulary,
+    untied,
 )
 from loramux.adapters.weights import (
     AdapterSource,
@@ -154,6 +155,7 @@ def read_adapter(
     except OSError as error:
         raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
     reasons = check_values(buffer, stored, dtype, bindings.row_keys, base.dtype if base else dtype)
+    reasons += untied(bindings.vocabulary, stored, buffer)
     if reasons:
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(

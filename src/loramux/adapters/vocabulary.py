@@ -50,6 +50,8 @@ class VocabularyBinding:
 
     tokens: dict[str, tuple[tuple[int, ...], FileTensor]] = field(default_factory=dict)
     lora: dict[str, Binding] = field(default_factory=dict)
+    ties_lora: bool = False
+    """Whether LoRA on embedding and head is one: A of the one is B of the other, transposed."""
 
     @property
     def kept(self) -> list[FileTensor]:
@@ -329,7 +331,8 @@ class _Binder:
                 lora[module] = Binding(module, factors["A"], factors["B"], r, scale)
         sizes = self._sizes(copies.values(), lora)
         size = sizes.pop() if len(sizes) == 1 else spec.size
-        return VocabularyBinding(size, copies, tuple(equal), tokens, lora)
+        ties = self._ties and self._peft.ensures_tying and len(lora) == 2
+        return VocabularyBinding(size, copies, tuple(equal), tokens, lora, ties)
 
     def _sizes(self, copies: Iterable[FileTensor], lora: dict[str, Binding]) -> set[int]:
         found = {tensor.shape[0] for tensor in copies}
@@ -366,7 +369,7 @@ class _Binder:
                         f"its vocabulary has {binding.size} tokens and the model's {spec.size}, but the "
                         f"file lacks the rows of {module}; save it with save_embedding_layers=True"
                     )
-        if self._ties and self._peft.ensures_tying and len(binding.lora) == 2:
+        if binding.ties_lora:
             embedding, head = binding.lora[spec.embedding], binding.lora[spec.head]
             if (embedding.r, embedding.scale) != (head.r, head.scale):
                 yield f"{spec.head} is tied to the embedding, but has another rank or scale"

@@ -214,6 +214,22 @@ def rows_report(vocabulary: StoredVocabulary) -> tuple[str, ...]:
     return (f"a vocabulary of {vocabulary.size} tokens", *rows)
 
 
+def untied(
+    binding: VocabularyBinding | None, stored: Mapping[str, Stored], buffer: torch.Tensor
+) -> list[str]:
+    """The reason when LoRA that is tied is not the same on embedding and head."""
+    if binding is None or not binding.ties_lora:
+        return []
+    embedding, head = binding.lora.values()
+    pairs = ((embedding.a, head.b), (embedding.b, head.a))
+    if all(
+        torch.equal(stored[one.key].view(buffer), stored[other.key].view(buffer).t())
+        for one, other in pairs
+    ):
+        return []
+    return [f"ensure_weight_tying is set, but {head.module} has other LoRA than {embedding.module}"]
+
+
 def rows_of(
     parts: tuple[StoredRows, ...], buffer: torch.Tensor, dtype: torch.dtype
 ) -> tuple[np.ndarray, torch.Tensor]:
