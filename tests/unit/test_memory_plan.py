@@ -274,3 +274,15 @@ def test_bodies_are_counted_as_they_are_captured() -> None:
         places = [0, *row_buckets(pool_rows(lora))]
         keys = graph_keys(sizes, places, bounds, outer=True)
         assert len(set(keys)) == num_graphs(config, LLAMA)
+
+
+def test_fewer_rows_of_vocabularies_are_advised() -> None:
+    lora = LoRAConfig(max_loras=8, max_lora_vocabulary_rows=128_256)
+    config = resolve(_config(lora=lora), LLAMA)
+    need = plan_memory(config, LLAMA).needs.pool
+    error = out_of_memory("pool", need, need - 2 * GIB, config, LLAMA)
+    assert error.remedy is not None
+    fewer = int(error.remedy.partition("--max-lora-vocabulary-rows to ")[2].split(";")[0])
+    smaller = LoRAConfig(max_loras=8, max_lora_vocabulary_rows=fewer)
+    saved = need - plan_memory(resolve(_config(lora=smaller), LLAMA), LLAMA).needs.pool
+    assert 2 * GIB * 0.98 < saved < 2 * GIB * 1.1

@@ -173,11 +173,16 @@ class FusedDecoder:
 
         `out` [B, V] takes the logits, and is what is returned. The vectors of `overlay` are as the
         towers make them: models that scale embeddings do so in `embedding`, before."""
-        residual = self.embedding(ids)  # [T, D]
+        # Held here, the embeddings would stay in memory beside the largest tensors of a layer.
+        x = self.body(self._embed(ids, overlay), overlay)  # [T, D]
+        return self.logits(x if keep is None else x[keep], out)  # [B, V]
+
+    def _embed(self, ids: torch.Tensor, overlay: Overlay | None) -> torch.Tensor:
+        """[T] -> [T, D], with the vectors of media in their places."""
+        residual: torch.Tensor = self.embedding(ids)  # [T, D]
         if overlay is not None:
             residual[overlay.rows] = overlay.vectors[0].to(residual.dtype)  # [M, D]
-        x = self.body(residual, overlay)  # [T, D]
-        return self.logits(x if keep is None else x[keep], out)  # [B, V]
+        return residual
 
     def body(self, residual: torch.Tensor, overlay: Overlay | None = None) -> torch.Tensor:
         """Embeddings [T, D], which are not kept, -> final hidden states [T, D]."""
