@@ -21,6 +21,7 @@ from loramux.engine.gpu_runner import GpuRunner
 from loramux.errors import InvalidField
 from loramux.models import loader
 from loramux.types import AdapterUse
+from parity.heads import peft_logits, save_classifier
 from parity.vocabularies import ADDED, VocabularyOracle, save_vocabulary
 from ranks import thread_ranks  # noqa: F401
 from tiny import VOCAB, save_adapter, save_model
@@ -274,6 +275,39 @@ def test_embeddings_of_prompts_equal_peft(case: Case) -> None:
             torch.testing.assert_close(
                 torch.tensor(pooled[0].values.tolist()), wanted, atol=2e-4, rtol=1e-3
             )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable_token_indices": [5, 17, 300]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["tokens", "copy", "lora"],
+)
+def test_classifiers_with_an_embedding_of_their_own(
+    case: Case, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Of task_type SEQ_CLS, beside their head."""
+    folder = save_classifier(case.model, tmp_path / "x", 3, seed=4, **settings)
+    weights = load_file(folder / "adapter_model.safetensors")
+    for key, tensor in weights.items():
+        if key.endswith("trainable_tokens_delta"):
+            tensor.normal_()
+        elif key.endswith("embed_tokens.weight"):
+            tensor[[5, 17]] = torch.randn(2, tensor.shape[1])
+    save_file(weights, folder / "adapter_model.safetensors")
+    prompt = [5, 17, 30, 300, 8]
+    wanted = peft_logits(case.model, [folder], 3, prompt)
+    with LLM(str(case.model), **SETTINGS | {"max_lora_vocabulary_rows": VOCAB}) as llm:
+        llm.engine.add_adapter("x", str(folder))
+        logits = PoolingParams(task="classify", use_activation=False)
+        llm.engine.submit("x", prompt, logits, [AdapterUse("x")])
+        pooled = []
+        while llm.engine.has_requests:
+            pooled += [d.pooled for d in llm.engine.step() if d.pooled is not None]
+    assert pooled[0].values.tolist() == pytest.approx(wanted.tolist(), abs=3e-4)
 
 
 def test_an_added_token_is_generated_and_goes_on(case: Case, tmp_path: Path) -> None:
