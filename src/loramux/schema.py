@@ -58,6 +58,27 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularySpec:
+    """The input embedding and the output head: `size` rows of `width` each."""
+
+    embedding: str
+    """As the model has it: `model.embed_tokens`."""
+
+    head: str
+    size: int
+    width: int
+    tied: bool
+    """Whether both are one weight."""
+
+    head_refused: str = ""
+    """Why rows of the head cannot be replaced nor adapted, if they cannot."""
+
+    @property
+    def modules(self) -> tuple[str, str]:
+        return self.embedding, self.head
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSchema:
     """Every module that may carry LoRA, and the modules that exist but may not (with the reason)."""
 
@@ -76,6 +97,9 @@ class ModelSchema:
     """Those of `modules` and `refused` that are not in the language model, but make vectors of media."""
     vocab_size: int = 0
     """Of the language model; 0: not known."""
+
+    vocabulary: VocabularySpec | None = None
+    """None: adapters cannot change it."""
 
     @property
     def elements_per_row(self) -> int:

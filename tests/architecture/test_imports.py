@@ -12,6 +12,7 @@ TORCH_FREE = (
     "loramux",
     "loramux.errors",
     "loramux.types",
+    "loramux.status",
     "loramux.schema",
     "loramux.config",
     "loramux.content",

@@ -29,22 +29,18 @@ from loramux.errors import (
     UnknownModel,
 )
 from loramux.media import Audio, Image, Video
+from loramux.status import AdapterEvent, AdapterStatus, EngineStats, TenantStatus, Unloaded
 from loramux.types import (
-    AdapterEvent,
     AdapterRef,
-    AdapterStatus,
     AdapterUse,
     Delta,
-    EngineStats,
     MediaItem,
     MediaPrompt,
     PoolingOutput,
     PoolingParams,
     SamplingParams,
-    TenantStatus,
     TokenLogprob,
     TokenLogprobs,
-    Unloaded,
 )
 
 BASE = "org/base"

@@ -78,6 +78,7 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(
         "--async-scheduling --enforce-eager --load-format dummy --cudagraph-capture-sizes 1 2 "
         "--chat-template c --enable-lora --max-lora-rank 24 --max-loras 3 --max-cpu-loras 5 "
         "--lora-dtype float32 --lora-target-modules q_proj v_proj --fully-sharded-loras "
+        "--enable-vocabulary-lora --max-lora-vocabulary-rows 6 "
         "--enable-tower-connector-lora --allow-partial-adapters --specialize-active-lora "
         "--enable-mixed-moe-lora-format --enable-moe-shared-loras --max-lora-cls-labels 7 "
         "--host 0.0.0.0 --port 1234 --api-key k "

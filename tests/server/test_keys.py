@@ -19,7 +19,7 @@ from loramux.config import ServerConfig
 from loramux.config.keys import ApiKey, read_keys
 from loramux.errors import ConfigError
 from loramux.server.access import Keyring
-from loramux.types import AdapterEvent
+from loramux.status import AdapterEvent
 
 ALPHA, TEAM, OPS, ALL = (
     "key-of-alpha-only-1",

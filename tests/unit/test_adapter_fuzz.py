@@ -27,19 +27,21 @@ from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.errors import AdapterRejected
 from loramux.models.loader import load_schema
+from loramux.models.vocabulary import CheckpointVocabulary
 from loramux.schema import ExpertsSpec, ModelSchema, ModuleSpec
-from tiny import TinyWorld, save_adapter
+from tiny import VOCAB, TinyWorld, save_adapter
 
 CASES = int(os.environ.get("LORAMUX_FUZZ_CASES", "500"))
 MOST_S = 15.0  # a case, with patterns that take their limit of 10 s
 MOST_MESSAGE = 50_000  # characters of a refusal
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LORA = LoRAConfig(max_lora_rank=8)
+LORA = LoRAConfig(max_lora_rank=8, enable_vocabulary_lora=True, max_lora_vocabulary_rows=9)
 KNOWN_KEYS = [
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "task_type"),
     *("layers_pattern", "init_lora_weights", "modules_to_save", "use_dora", "layer_replication"),
     *("fan_in_fan_out", "trainable_token_indices", "alora_invocation_tokens", "lora_bias"),
+    "ensure_weight_tying",
 ]
 
 
@@ -95,8 +97,15 @@ def good(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def store(schema: ModelSchema) -> Iterator[AdapterStore]:
-    made = AdapterStore(schema, LORA, torch.float32, reserved_names=[], on_gone=lambda digest: None)
+def store(schema: ModelSchema, tiny_world: TinyWorld) -> Iterator[AdapterStore]:
+    config = EngineConfig(model=str(tiny_world.model), lora=LORA)
+    base = CheckpointVocabulary(config, schema, torch.float32)
+    made = AdapterStore(
+        *(schema, LORA, torch.float32),
+        reserved_names=[],
+        on_gone=lambda digest: None,
+        base=base,
+    )
     yield made
     made.close()
 
@@ -344,8 +353,70 @@ def head_faults(draw: st.DrawFn) -> Fault:
     return apply
 
 
+VOCABULARY_ENDS = {
+    "lora_embedding_A": [2, VOCAB],
+    "lora_embedding_B": [64, 2],
+    "lora_A.weight": [2, 64],
+    "lora_B.weight": [VOCAB, 2],
+    "token_adapter.trainable_tokens_delta": [3, 64],
+    "weight": [VOCAB, 64],
+    "base_layer.weight": [VOCAB, 64],
+    "original_module.weight": [VOCAB + 2, 64],
+    "modules_to_save.weight": [VOCAB, 64],
+}
+
+
+@st.composite
+def vocabulary_faults(draw: st.DrawFn) -> Fault:
+    """Parts of a vocabulary, alone or together, and a configuration that may name them."""
+    modules = draw(
+        st.sampled_from([["model.embed_tokens"], ["lm_head"], ["model.embed_tokens", "lm_head"]])
+    )
+    ends = draw(st.lists(st.sampled_from(sorted(VOCABULARY_ENDS)), min_size=1, max_size=3))
+    size = draw(st.sampled_from([0, 0, 0, 2, -5]))
+    odd = draw(st.one_of(st.none(), st.none(), st.lists(NUMBERS, max_size=3)))
+    ids = draw(
+        st.one_of(
+            st.just([3, 5, 7]),
+            st.just({"embed_tokens": [1, 2, 3], "lm_head": [1, 2, 4]}),
+            st.lists(NUMBERS, max_size=4),
+            st.dictionaries(TEXTS, st.lists(NUMBERS, max_size=3), max_size=3),
+            VALUES,
+        )
+    )
+    saved = draw(
+        st.one_of(st.just(["embed_tokens", "lm_head"]), st.lists(TEXTS, max_size=3), VALUES)
+    )
+    keys = draw(st.lists(st.sampled_from(["tokens", "saved", "tied", "targets"]), max_size=4))
+
+    def apply(case: Case) -> None:
+        for module in modules:
+            for end in ends:
+                shape = [n + size if n >= VOCAB else n for n in VOCABULARY_ENDS[end]]
+                start = len(case.data)
+                case.data += bytes(4 * math.prod(shape))
+                case.header[f"base_model.model.{module}.{end}"] = {
+                    "dtype": "F32",
+                    "shape": shape if odd is None else odd,
+                    "data_offsets": [start, len(case.data)],
+                }
+        if "tokens" in keys:
+            case.config["trainable_token_indices"] = ids
+        if "saved" in keys:
+            case.config["modules_to_save"] = saved
+        if "tied" in keys:
+            case.config["ensure_weight_tying"] = True
+        if "targets" in keys:
+            case.config["target_modules"] = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+
+    return apply
+
+
 FAULTS = st.lists(
-    st.one_of(config_faults(), header_faults(), data_faults(), folder_faults(), head_faults()),
+    st.one_of(
+        *(config_faults(), header_faults(), data_faults(), folder_faults(), head_faults()),
+        vocabulary_faults(),
+    ),
     max_size=3,
 )
 

@@ -126,8 +126,9 @@ def test_the_digest_is_of_the_head_too(adapter: Path, schema: ModelSchema) -> No
 
 
 CONFIG_REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save=['score', 'embed_tokens']"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+    ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save has model.embed_tokens, but"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save has lm_head, but"),
+    ({"modules_to_save": ["score", "q_proj"]}, "modules_to_save='q_proj'"),
     ({"modules_to_save": "score"}, "modules_to_save='score'"),
     ({"modules_to_save": [["score"]]}, "modules_to_save=[['score']]"),
     ({"task_type": "CAUSAL_LM"}, "modules_to_save"),

@@ -11,11 +11,20 @@ import torch
 
 from loramux.config import EngineConfig, LoRAConfig, ModelFacts, plan_memory, resolve
 from loramux.config.facts import EncoderFacts, Widths
-from loramux.config.graphs import graph_sizes, sizes_to_capture
-from loramux.config.memory import SPARE_BYTES, adapter_pool_bytes, num_graphs, packed_bytes
+from loramux.config.graphs import active_buckets, graph_sizes, row_buckets, sizes_to_capture
+from loramux.config.memory import (
+    SPARE_BYTES,
+    adapter_pool_bytes,
+    num_graphs,
+    packed_bytes,
+    pool_rows,
+)
 from loramux.config.memory_advice import out_of_memory, weights_do_not_fit
+from loramux.engine.graphs import graph_keys
+from loramux.engine.memory_table import summary
 from loramux.engine.packing import Capacity, PackedStep
 from loramux.errors import ConfigError
+from loramux.layers.vocabulary import VocabularyPool, VocabularyShape
 
 GIB = 1 << 30
 H200_BYTES = 150_110_011_392
@@ -229,3 +238,51 @@ def test_one_adapter_that_does_not_fit() -> None:
 def test_weights_that_do_not_fit() -> None:
     error = weights_do_not_fit("cuda", 16 * GIB, 10 * GIB)
     assert "16.0 GiB and 10.0 GiB" in str(error) and "about 6.0 GiB" in str(error)
+
+
+@pytest.mark.parametrize(("rows", "low_rank"), [(0, True), (100, False), (3000, True)])
+def test_vocabularies_of_adapters_are_planned_as_they_are_taken(rows: int, low_rank: bool) -> None:
+    lora = LoRAConfig(
+        max_loras=3,
+        max_lora_rank=16,
+        max_lora_vocabulary_rows=rows,
+        enable_vocabulary_lora=low_rank,
+    )
+    config = resolve(_config(lora=lora), LLAMA)
+    shape = VocabularyShape(
+        *(LLAMA.widths.vocab, LLAMA.widths.hidden, 3, rows, pool_rows(lora) if low_rank else 0)
+    )
+    pool = VocabularyPool(shape, torch.bfloat16, torch.bfloat16, torch.device("meta"))
+    tables = [value for value in vars(pool).values() if isinstance(value, torch.Tensor)]
+    taken = sum(table.numel() * table.element_size() for table in tables)
+    plain = plan_memory(resolve(_config(lora=LoRAConfig(max_loras=3)), LLAMA), LLAMA)
+    plan = plan_memory(config, LLAMA)
+    assert plan.vocabulary_bytes == plan.needs.pool - plain.needs.pool == taken > 0
+    assert "of it for their vocabularies" in summary(plan)
+    assert plain.vocabulary_bytes == 0 and "vocabularies" not in summary(plain)
+    assert plan.num_graphs > plain.num_graphs
+
+
+def test_bodies_are_counted_as_they_are_captured() -> None:
+    sizes = [1, 8]
+    for lora in (
+        LoRAConfig(max_lora_vocabulary_rows=1),
+        LoRAConfig(max_loras=4, specialize_active_lora=True, enable_vocabulary_lora=True),
+    ):
+        config = resolve(_config(cudagraph_capture_sizes=sizes, lora=lora), LLAMA)
+        bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
+        places = [0, *row_buckets(pool_rows(lora))]
+        keys = graph_keys(sizes, places, bounds, outer=True)
+        assert len(set(keys)) == num_graphs(config, LLAMA)
+
+
+def test_fewer_rows_of_vocabularies_are_advised() -> None:
+    lora = LoRAConfig(max_loras=8, max_lora_vocabulary_rows=128_256)
+    config = resolve(_config(lora=lora), LLAMA)
+    need = plan_memory(config, LLAMA).needs.pool
+    error = out_of_memory("pool", need, need - 2 * GIB, config, LLAMA)
+    assert error.remedy is not None
+    fewer = int(error.remedy.partition("--max-lora-vocabulary-rows to ")[2].split(";")[0])
+    smaller = LoRAConfig(max_loras=8, max_lora_vocabulary_rows=fewer)
+    saved = need - plan_memory(resolve(_config(lora=smaller), LLAMA), LLAMA).needs.pool
+    assert 2 * GIB * 0.98 < saved < 2 * GIB * 1.1

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from loramux.types import AdapterEvent, AdapterEventKind, AdapterPlace
+from loramux.status import AdapterEvent, AdapterEventKind, AdapterPlace
 
 QUEUE_LENGTH = 1024
 

@@ -6,81 +6,41 @@ data types first, bytes last.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from loramux.adapters.expert_names import ExpertNames, known_experts, stems
-from loramux.adapters.formats import ExpertBinding, ExpertModules, bind_experts, stored_experts
+from loramux.adapters.bindings import Bindings, bind
 from loramux.adapters.header import (
-    FLOATS,
     WEIGHTS_NAME,
-    FileModule,
-    FileTensor,
-    group,
     read_header,
 )
-from loramux.adapters.heads import HeadBinding, bind_head, split_heads
 from loramux.adapters.host_cache import HostMemory
-from loramux.adapters.invocation import reasons_of_places
-from loramux.adapters.linears import (
-    bind_linears,
-    forgotten_linears,
-    linear_named,
-    may_be_left_out,
-    unbound,
+from loramux.adapters.layout import digest_of, lay_out, num_elements
+from loramux.adapters.peft_config import CONFIG_NAME, read_config
+from loramux.adapters.report import BindingReport, BindingRow, summarise
+from loramux.adapters.values import check_values
+from loramux.adapters.vocabulary_rows import (
+    BaseVocabulary,
+    kept_copies,
+    rows_report,
+    untied,
 )
-from loramux.adapters.peft_config import CONFIG_NAME, PeftConfig, read_config
-from loramux.adapters.report import Binding, BindingReport, BindingRow, summarise
-from loramux.adapters.vectors import VectorBinding, bind_vectors, split_vectors
 from loramux.adapters.weights import (
     AdapterSource,
     AdapterWeights,
     FileIdentity,
     Layout,
-    Stored,
-    StoredPair,
     now_s,
-    place,
 )
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterNotFound, AdapterRejected
-from loramux.schema import ModelSchema, ModuleSpec
+from loramux.schema import ModelSchema
 from loramux.types import AdapterRef
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bindings:
-    """What of the file goes where."""
-
-    linears: list[Binding]
-    experts: list[ExpertBinding]
-    vectors: list[VectorBinding] = field(default_factory=list)
-    head: HeadBinding | None = None
-    left_out: list[str] = field(default_factory=list)  # modules of the file that are not served
-
-    def __iter__(self) -> Iterator[Binding]:
-        yield from self.linears
-        yield from self.experts
-
-    def rows(self) -> list[BindingRow]:
-        """By tensor."""
-        every = chain.from_iterable(binding.rows for binding in (*self, *self.vectors))
-        return sorted(every, key=lambda row: (row.tensor, row.module))
-
-    def tensors(self) -> dict[str, FileTensor]:
-        """By key."""
-        found = {t.key: t for binding in self for t in (binding.a, binding.b)}
-        found |= {t.key: t for binding in self.vectors for t in binding.tensors.values()}
-        return found | {t.key: t for t in (self.head.tensors if self.head else ())}
 
 
 def read_adapter(
@@ -90,12 +50,13 @@ def read_adapter(
     config: LoRAConfig,
     dtype: torch.dtype,
     memory: HostMemory | None = None,
+    base: BaseVocabulary | None = None,
 ) -> tuple[AdapterWeights, BindingReport]:
     """Read the adapter in `folder` for the model that `schema` describes.
 
-    Weights come back on the CPU as the file holds them, fit to be served in `dtype`. Raises
-    AdapterNotFound when there is no such folder, AdapterRejected with every reason when it cannot
-    be served exactly.
+    Weights come back on the CPU as the file holds them, fit to be served in `dtype`; of full copies of
+    the embedding or the head, the rows that differ from `base`. Raises AdapterNotFound when there is no
+    such folder, AdapterRejected with every reason when it cannot be served exactly.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -109,31 +70,24 @@ def read_adapter(
     peft_config, canonical, reasons = read_config(folder)
     tensors, identity, file_reasons = read_header(folder)
     reasons += file_reasons
-    bindings = _Bindings([], [])
+    bindings = Bindings([], [])
     if peft_config is not None and not file_reasons:
         try:
-            heads, tensors = split_heads(tensors)
-            vectors, tensors = split_vectors(tensors)
-            bindings, bind_reasons = _bind(peft_config, tensors, schema, config)
-            adapted = {binding.module for binding in bindings}
-            bound, vector_reasons = bind_vectors(vectors, adapted, peft_config, schema, config)
-            bindings, bind_reasons = replace(bindings, vectors=bound), bind_reasons + vector_reasons
-            head, head_reasons = bind_head(heads, peft_config, schema, config, folder)
-            bindings, bind_reasons = replace(bindings, head=head), bind_reasons + head_reasons
+            bindings, bind_reasons = bind(peft_config, tensors, schema, config, folder)
         except TimeoutError:
             bind_reasons = ["a pattern of adapter_config.json takes too long to match"]
         reasons += bind_reasons
     if reasons or config_identity is None or identity is None:
         raise AdapterRejected(name, reasons or ["its files were replaced while they were read"])
-    if bindings.left_out:
-        logger.warning(
-            "adapter %r is served without its part on towers and connectors: %s",
-            name,
-            ", ".join(summarise(bindings.left_out)),
-        )
     assert peft_config is not None
+    _tell_left_out(name, bindings.left_out)
     rows = bindings.rows()
-    layout, stored = _lay_out(bindings)
+    bindings, reasons = _with_copies(
+        bindings, folder / WEIGHTS_NAME, identity, schema, config, base
+    )
+    if reasons:
+        raise AdapterRejected(name, reasons)
+    layout, stored = lay_out(bindings, schema)
     source = AdapterSource(
         folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
     )
@@ -141,20 +95,52 @@ def read_adapter(
         buffer = source.read(memory or HostMemory())  # [num_bytes] uint8
     except OSError as error:
         raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
-    if reasons := _check_values(buffer, stored, dtype):
+    reasons = check_values(buffer, stored, dtype, bindings.row_keys, base.dtype if base else dtype)
+    reasons += untied(bindings.vocabulary, stored, buffer)
+    if reasons:
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
         name=name,
-        digest=_digest(canonical, buffer, bindings, stored),
+        digest=digest_of(canonical, buffer, bindings, stored),
         source=str(folder),
-        max_r=max(row.r for row in rows),
-        num_bytes=_num_elements(layout) * dtype.itemsize,
+        max_r=max((row.r for row in rows), default=1),
+        num_bytes=num_elements(layout) * dtype.itemsize,
         adapts_encoder=any(binding.module in schema.towers for binding in bindings),
         labels=bindings.head.labels if bindings.head else (),
         affine=bool(bindings.vectors),
         invocation=peft_config.invocation,
+        vocabulary_size=layout.vocabulary.size if layout.vocabulary else 0,
+        vocabulary_rows=layout.vocabulary.num_rows if layout.vocabulary else 0,
     )
-    return AdapterWeights(ref, buffer, source), _report(ref, rows, schema)
+    return AdapterWeights(ref, buffer, source), _report(ref, rows, schema, layout)
+
+
+def _tell_left_out(name: str, modules: list[str]) -> None:
+    if modules:
+        logger.warning(
+            "adapter %r is served without its part on towers and connectors: %s",
+            name,
+            ", ".join(summarise(modules)),
+        )
+
+
+def _with_copies(
+    bindings: Bindings,
+    path: Path,
+    identity: FileIdentity,
+    schema: ModelSchema,
+    config: LoRAConfig,
+    base: BaseVocabulary | None,
+) -> tuple[Bindings, list[str]]:
+    """`bindings` with what is kept of full copies of the vocabulary, or reasons against them."""
+    if bindings.vocabulary is None:
+        return bindings, []
+    copies, reasons = kept_copies(
+        path, identity, bindings.vocabulary, schema.vocabulary, config, base
+    )
+    if not reasons and not bindings.tensors() and copies.num_rows == 0:
+        reasons = ["it is a copy of the base model's vocabulary: the adapter would do nothing"]
+    return replace(bindings, copies=copies), reasons
 
 
 def _identity(path: Path) -> FileIdentity | None:
@@ -164,8 +150,11 @@ def _identity(path: Path) -> FileIdentity | None:
         return None  # the reader of the file says why
 
 
-def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> BindingReport:
+def _report(
+    ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema, layout: Layout
+) -> BindingReport:
     bound = {row.module for row in rows}
+    lines = () if layout.vocabulary is None else rows_report(layout.vocabulary)
     return BindingReport(
         name=ref.name,
         digest=ref.digest,
@@ -174,146 +163,5 @@ def _report(ref: AdapterRef, rows: list[BindingRow], schema: ModelSchema) -> Bin
         unadapted=tuple(m for m in schema.modules if m not in bound),
         labels=ref.labels,
         invocation=ref.invocation,
+        vocabulary=lines,
     )
-
-
-def _bind(
-    peft: PeftConfig, tensors: list[FileTensor], schema: ModelSchema, config: LoRAConfig
-) -> tuple[_Bindings, list[str]]:
-    """Give each tensor its module; every tensor that finds none is a reason."""
-    if not tensors:
-        reason = f"{WEIGHTS_NAME} holds no tensor of LoRA: the adapter would do nothing"
-        return _Bindings([], []), [reason]
-    modules, reasons = group(sorted(tensors, key=lambda t: t.key))
-    names, experts = ExpertNames(schema), ExpertModules()
-    linears: list[tuple[FileModule, ModuleSpec]] = []
-    left_out: list[str] = []
-    for module in modules:
-        if spec := linear_named(module.name, schema):
-            linears.append((module, spec))
-            continue
-        if may_be_left_out(module.name, schema, config):
-            left_out.append(module.name)
-            continue
-        found = names.find(module.name)
-        if found is None or isinstance(found, str):
-            reasons += [
-                unbound(tensor, module, found, schema) for tensor in module.factors.values()
-            ]
-        else:
-            experts.add(module, found)
-    strangers = any("expert" in reason for reason in reasons)
-    reasons = summarise(reasons) + ([known_experts(schema)] if strangers else [])
-    linear, linear_reasons = bind_linears(linears, peft, schema, config)
-    of_experts, expert_reasons = bind_experts(experts, peft, schema, config)
-    reasons += linear_reasons + expert_reasons
-    if linears or experts:
-        reasons += forgotten_linears([spec.name for _, spec in linears], peft, schema, config)
-    elif left_out:
-        reasons.append("all of it is on towers and connectors: nothing would be left to serve")
-    bindings = _Bindings(linear, of_experts, left_out=left_out)
-    in_towers = [binding.module for binding in bindings if binding.module in schema.towers]
-    reasons += reasons_of_places(peft.invocation, schema.vocab_size, bool(experts), in_towers)
-    return bindings, reasons + _no_parameter(peft, schema)
-
-
-def _no_parameter(peft: PeftConfig, schema: ModelSchema) -> list[str]:
-    """The reason when `target_parameters` names nothing that is here."""
-    if not peft.target_parameters:
-        return []
-    modules = chain(schema.modules, schema.refused, schema.aliases)
-    experts = chain.from_iterable(stems(spec) for spec in schema.experts.values())
-    parameters = chain(
-        (f"{module}.weight" for module in modules),
-        (f"{stem}.{leaf}" for stem in experts for leaf in ("gate_up_proj", "down_proj")),
-    )
-    if any(peft.targets_parameter(parameter) for parameter in parameters):
-        return []
-    named = ", ".join(sorted(peft.target_parameters)[:8])
-    return [f"target_parameters ({named}) match nothing here; {known_experts(schema)}"]
-
-
-def _lay_out(bindings: _Bindings) -> tuple[Layout, dict[str, Stored]]:
-    """Where everything goes in the buffer: by module, and by the tensor's key."""
-    in_file = sorted(bindings.tensors().values(), key=lambda tensor: tensor.start)
-    offsets, runs = place((t.start, t.num_bytes, FLOATS[t.dtype].itemsize) for t in in_file)
-    stored = {
-        tensor.key: Stored(
-            offset, tensor.num_elements // tensor.shape[-1], tensor.shape[-1], FLOATS[tensor.dtype]
-        )
-        for tensor, offset in zip(in_file, offsets, strict=True)
-    }
-    pairs = {
-        binding.module: StoredPair(stored[binding.a.key], stored[binding.b.key], binding.scale)
-        for binding in sorted(bindings.linears, key=lambda binding: binding.module)
-    }
-    experts = stored_experts(bindings.experts, stored)
-    head = bindings.head.stored(stored) if bindings.head else None
-    vectors = {binding.module: binding.stored(stored) for binding in bindings.vectors}
-    return Layout(pairs, tuple(runs), experts, head, vectors), stored
-
-
-def _num_elements(layout: Layout) -> int:
-    """Of all factors, gains and shifts, as the pool holds them."""
-    pairs = sum(
-        stored.rows * stored.columns
-        for pair in layout.pairs.values()
-        for stored in (pair.a, pair.b)
-    )
-    affine = sum(2 * vectors.columns for vectors in layout.vectors.values())
-    return pairs + affine + sum(experts.num_elements for experts in layout.experts.values())
-
-
-def _check_values(
-    buffer: torch.Tensor, stored: Mapping[str, Stored], dtype: torch.dtype
-) -> list[str]:
-    """Reasons against values that are not finite, or would not be in `dtype`.
-
-    Tensors that stand side by side are looked at together, and one by one only to name the bad ones.
-    """
-    bad = []
-    for keys in _side_by_side(stored):
-        first, last = stored[keys[0]], stored[keys[-1]]
-        whole = buffer[first.offset : last.end].view(first.dtype)  # [elements]
-        if _complaint(whole, dtype):
-            complaints = ((key, _complaint(stored[key].view(buffer), dtype)) for key in keys)
-            bad += [f"{key} {complaint}" for key, complaint in complaints if complaint]
-    return summarise(sorted(bad))
-
-
-def _side_by_side(stored: Mapping[str, Stored]) -> Iterator[list[str]]:
-    """The keys, in runs of tensors of one data type without a gap."""
-    run: list[str] = []
-    for key, tensor in sorted(stored.items(), key=lambda item: item[1].offset):
-        before = stored[run[-1]] if run else tensor
-        if run and (tensor.offset, tensor.dtype) != (before.end, before.dtype):
-            yield run
-            run = []
-        run.append(key)
-    if run:
-        yield run
-
-
-def _complaint(values: torch.Tensor, dtype: torch.dtype) -> str:
-    """The extremes tell: NaN spreads into them, and rounding keeps the order of what it rounds."""
-    extremes = torch.stack(torch.aminmax(values))  # [2]
-    if not bool(extremes.isfinite().all()):
-        return "holds NaN or infinity"
-    if not bool(extremes.to(dtype).isfinite().all()):
-        return f"overflows in {dtype}; serve it with --lora-dtype float32"
-    return ""
-
-
-def _digest(
-    canonical: bytes, buffer: torch.Tensor, bindings: _Bindings, stored: Mapping[str, Stored]
-) -> str:
-    """SHA-256 over the configuration and the names, types, shapes and stored bytes of the tensors."""
-    digest = hashlib.sha256(canonical)
-    data = buffer.numpy().data
-    for key, tensor in sorted(bindings.tensors().items()):
-        place = stored[key]
-        digest.update(f"{key}|{tensor.dtype}|{tensor.shape}".encode())
-        digest.update(data[place.offset : place.offset + place.num_bytes])
-    if bindings.head:
-        digest.update(json.dumps(bindings.head.labels).encode())
-    return digest.hexdigest()

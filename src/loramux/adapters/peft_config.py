@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loramux.adapters.invocation import (
     reasons_against,
 )
 from loramux.adapters.peft_patterns import Matcher, PatternTable, at_the_end, is_plain
+from loramux.adapters.token_indices import bad_token_indices, token_indices
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 8 << 20
@@ -48,6 +50,10 @@ SUPPORTED = {
     "bias",
     "lora_bias",
     INVOCATION,
+    # Which modules, tokens and ties there are, `adapters/vocabulary.py` holds against the model.
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 }
 
 # Keys that change nothing at inference, whatever their value.
@@ -76,15 +82,11 @@ HEAD_NAMES = ("score", "classifier")
 
 # Keys that we refuse when set: why, in the user's words.
 REFUSED = {
-    "modules_to_save": "fully trained modules are not served yet, but for the classification "
-    "head (score or classifier) of task_type SEQ_CLS",
-    "trainable_token_indices": "trained token embeddings are not served yet",
     "layer_replication": "layer replication makes another base model, with more layers, out of "
     "copies of these; one base model serves all adapters",
     "megatron_config": "Megatron layers are not served",
     "use_qalora": "QALoRA is not served",
     "use_bdlora": "block-diagonal LoRA is not served",
-    "ensure_weight_tying": "tied adapted weights are not served yet",
 }
 
 
@@ -108,6 +110,10 @@ class PeftConfig:
     lora_bias: bool = False
     bias: str = "none"
     invocation: tuple[int, ...] = ()  # tokens from which it applies; () is everywhere
+    saved_modules: tuple[str, ...] = ()  # the other names there
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By a name of the module whose rows they are; by "" those of the input embedding."""
+    ensures_tying: bool = False
 
     @property
     def targets_all_linear(self) -> bool:
@@ -202,8 +208,6 @@ def _unserved(data: dict[str, Any]) -> list[str]:
         off = value in (None, False, "", "none") or value == [] or value == {}
         if off or key in SUPPORTED or key in HARMLESS:
             continue
-        if key == "modules_to_save" and _saved_heads(data):
-            continue
         reason = REFUSED.get(key, "this setting is unknown to loramux")
         reasons.append(f"{key[:80]}={_said(value)}: {reason}")
     if data.get("fan_in_fan_out") and data.get("target_parameters"):
@@ -224,12 +228,12 @@ def _said(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _saved_heads(data: dict[str, Any]) -> tuple[str, ...]:
-    """`modules_to_save` where it is a classification head and nothing else, else nothing."""
-    names = data.get("modules_to_save")
-    if _word(data.get("task_type")) != "SEQ_CLS" or not isinstance(names, list):
-        return ()
-    return tuple(names) if all(name in HEAD_NAMES for name in names) else ()
+def _saved(data: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of `modules_to_save`: those of classification heads, and the others."""
+    names = data.get("modules_to_save") or ()
+    classifies = _word(data.get("task_type")) == "SEQ_CLS"
+    heads = tuple(name for name in names if classifies and name in HEAD_NAMES)
+    return heads, tuple(name for name in names if name not in heads)
 
 
 def _word(value: Any) -> str:
@@ -270,13 +274,7 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
     parameters = data.get("target_parameters")
     if parameters is not None and (isinstance(parameters, str) or not _is_names(parameters)):
         reasons.append("target_parameters must be a list of strings")
-    for key in ("use_dora", "lora_bias"):
-        if not isinstance(data.get(key, False), bool | None):
-            reasons.append(f"{key} must be true or false, not {_said(data[key])}")
-    if data.get("bias") not in (*BIASES, None, False, ""):
-        reasons.append(f"bias must be one of {', '.join(BIASES)}, not {_said(data['bias'])}")
-    if is_badly_typed(data):
-        reasons.append(f"{INVOCATION} must be a list of up to {MAX_TOKENS} token ids")
+    reasons += _badly_typed_more(data)
     layers = data.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(n) for n in numbers):
@@ -289,6 +287,22 @@ def _badly_typed(data: dict[str, Any]) -> list[str]:
         if not (isinstance(value, dict) and all(valid(v) for v in value.values())):
             reasons.append(f"{key} must map patterns to positive numbers")
     return reasons + _bad_patterns(data)
+
+
+def _badly_typed_more(data: dict[str, Any]) -> list[str]:
+    """Of what an adapter may have beside factors."""
+    reasons = []
+    for key in ("use_dora", "lora_bias", "ensure_weight_tying"):
+        if not isinstance(data.get(key) or False, bool):
+            reasons.append(f"{key} must be true or false, not {_said(data[key])}")
+    if data.get("bias") not in (*BIASES, None, False, ""):
+        reasons.append(f"bias must be one of {', '.join(BIASES)}, not {_said(data['bias'])}")
+    if is_badly_typed(data):
+        reasons.append(f"{INVOCATION} must be a list of up to {MAX_TOKENS} token ids")
+    saved = data.get("modules_to_save")
+    if saved and not (isinstance(saved, list) and _is_names(saved)):
+        reasons.append(f"modules_to_save={_said(saved)} must be a list of strings")
+    return reasons + bad_token_indices(data.get("trainable_token_indices"))
 
 
 def _bad_patterns(data: dict[str, Any]) -> list[str]:
@@ -322,6 +336,7 @@ def _build(data: dict[str, Any]) -> PeftConfig:
     if _is_int(layers):
         layers = [layers]
     matcher = Matcher()
+    heads, modules = _saved(data)
     return PeftConfig(
         r=data["r"],
         alpha=float(data["lora_alpha"]),
@@ -334,11 +349,14 @@ def _build(data: dict[str, Any]) -> PeftConfig:
         layers_to_transform=tuple(layers) if layers else None,
         layers_pattern=_listed(data.get("layers_pattern")),
         matcher=matcher,
-        saved_heads=_saved_heads(data),
+        saved_heads=heads,
         use_dora=bool(data.get("use_dora")),
         lora_bias=bool(data.get("lora_bias")),
         bias=data.get("bias") or "none",
         invocation=invocation_of(data),
+        saved_modules=modules,
+        token_indices=token_indices(data.get("trainable_token_indices")),
+        ensures_tying=bool(data.get("ensure_weight_tying")),
     )
 
 

@@ -26,6 +26,7 @@ class PeftDeltas:
         self.factors = self._file.factors
         config: Any = peft.LoraConfig.from_pretrained(str(folder))
         config.task_type = config.modules_to_save = config.target_parameters = None
+        config.trainable_token_indices, config.ensure_weight_tying = None, False
         config.init_lora_weights = True  # what it sets is overwritten
         config.alora_invocation_tokens = None  # activations have no tokens
         if not isinstance(config.target_modules, str) or config.target_modules == "all-linear":

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from loramux.adapters.feed import EventFeed
 from loramux.adapters.pins import Pins
 from loramux.errors import AdapterConflict, AdapterExists, AdapterNotFound, Forbidden, UnknownModel
-from loramux.types import AdapterRef, AdapterStatus, AdapterUse
+from loramux.status import AdapterStatus
+from loramux.types import AdapterRef, AdapterUse
 
 NOT_SERVED = "none"  # as the expected digest: the name must not be served yet
 

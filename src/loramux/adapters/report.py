@@ -12,6 +12,8 @@ KINDS = (
     (".lora_A.weight", "lora_A"),
     (".lora_B.weight", "lora_B"),
     (".lora_B.bias", "B bias"),
+    ("_A", "lora_A"),
+    ("_B", "lora_B"),
     (".lora_magnitude_vector", "DoRA"),
     (".bias", "bias"),
     ("", "lora"),
@@ -64,6 +66,7 @@ class BindingReport:
     unadapted: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()  # of its classification head
     invocation: tuple[int, ...] = ()  # of an activated LoRA
+    vocabulary: tuple[str, ...] = ()  # what it changes there beside LoRA
 
     @property
     def max_r(self) -> int:
@@ -93,6 +96,8 @@ class BindingReport:
         if self.invocation:
             tokens = ", ".join(map(str, self.invocation))
             lines.append(f"applies from the last occurrence of these tokens on: {tokens}")
+        if self.vocabulary:
+            lines.append(", ".join(self.vocabulary))
         return "\n".join(lines)
 
 

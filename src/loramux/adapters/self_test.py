@@ -26,7 +26,8 @@ from loramux.errors import AdapterRejected
 from loramux.kernels import LoRASite, Segments, lora_delta
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX = "base_model.model."
+HALVES = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 ROWS = 8  # random activations a module
 PATTERN_TIMEOUT_S = 1.0
 SCALE_ERROR = 1e-12
@@ -35,7 +36,8 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
 class FileDeltas:
-    """The LoRA of linear layers as the files of `folder` say it, by the names that they use."""
+    """The LoRA of linear layers, and of the embedding, as the files of `folder` say it, by the names
+    that they use."""
 
     method = "float64 from the file"
 
@@ -45,9 +47,10 @@ class FileDeltas:
         with safe_open(str(folder / WEIGHTS), framework="pt") as file:
             keys = set(file.keys())
             for key in sorted(keys):
-                name = key.removeprefix(PREFIX).removesuffix(LORA_A)
-                other = f"{PREFIX}{name}{LORA_B}"
-                if key.endswith(LORA_A) and other in keys:
+                half = next((end for end in HALVES if key.endswith(end)), "")
+                name = key.removeprefix(PREFIX).removesuffix(half)
+                other = f"{PREFIX}{name}{HALVES.get(half, '')}"
+                if half and other in keys:
                     a, b = file.get_tensor(key), file.get_tensor(other)  # [r, in], [out, r]
                     if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]:
                         self.factors[name] = a, b
@@ -80,9 +83,11 @@ def refuse_differing(weights: AdapterWeights, aliases: Mapping[str, str]) -> Non
     of random activations in float64."""
     try:
         wanted = FileDeltas(weights.source.weights_path.parent)
-        reasons = _differences(weights.pairs, wanted, aliases)
+        reasons = _differences(weights.every_pair, wanted, aliases)
         if not weights.layout.experts:
-            served = {aliases.get(name, name) for name in wanted.factors} <= weights.pairs.keys()
+            served = {
+                aliases.get(name, name) for name in wanted.factors
+            } <= weights.every_pair.keys()
             reasons += [] if served else ["self-test: the file has LoRA that is not served"]
     except Exception as error:
         reasons = [f"the self-test cannot read the files: {type(error).__name__}"]
@@ -162,7 +167,7 @@ def check_deltas(
     names = {aliases.get(name, name): name for name in wanted.factors}
     generator = torch.Generator().manual_seed(0)
     errors = {}
-    for module, pair in weights.pairs.items():
+    for module, pair in weights.every_pair.items():
         x = torch.randn(ROWS, pair.a.shape[1], generator=generator)  # [T, in]
         x = x.to(dtype)  # [T, in]
         found = _served_delta(pair, x)  # [T, out]

@@ -33,11 +33,13 @@ from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
 from loramux.adapters.self_test import refuse_differing
 from loramux.adapters.spool import Spool
+from loramux.adapters.vocabulary_rows import BaseVocabulary
 from loramux.adapters.weights import AdapterSource, AdapterWeights, Vectors
 from loramux.config import LoRAConfig
 from loramux.errors import AdapterLoadFailed, AdapterRejected, LoramuxError
 from loramux.schema import ModelSchema
-from loramux.types import AdapterEventKind, AdapterPlace, AdapterRef, AdapterStatus
+from loramux.status import AdapterEventKind, AdapterPlace, AdapterStatus
+from loramux.types import AdapterRef
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +86,13 @@ class AdapterStore:
         on_pins: Callable[[Mapping[str, AdapterRef]], None] = lambda refs: None,
         rehearse: Callable[[AdapterWeights], Vectors] = lambda weights: {},
         head_dtype: torch.dtype | None = None,
+        base: BaseVocabulary | None = None,
     ):
         """`rehearse` raises when the device could not take a new adapter, and gives the gains and shifts
         of its layers. `on_pins` is told, by digest, which versions the device must keep, whenever that
-        changes. `head_dtype` is the model's; None: the same as the adapters' `dtype`."""
+        changes. `head_dtype` is the model's; None: the same as the adapters' `dtype`. `base` has the
+        rows that full copies are compared with."""
+        self._base = base
         self._schema = schema
         self._config = config
         self._dtype = dtype
@@ -253,7 +258,8 @@ class AdapterStore:
         self._check_size(name, fetched.folder)
         self.reads += 1
         weights, _ = read_adapter(
-            name, fetched.folder, self._schema, self._config, self._dtype, self._memory
+            *(name, fetched.folder, self._schema, self._config, self._dtype, self._memory),
+            self._base,
         )
         if fetched.is_remote:
             weights = weights.from_origin(fetched.origin)

@@ -142,6 +142,48 @@ class StoredHead:
     labels: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredRows:
+    """Rows [n, D] of an embedding or an output head, and the tokens `ids` [n] int64 that they are of."""
+
+    ids: np.ndarray
+    rows: Stored
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredVocabulary:
+    """What an adapter changes of a vocabulary, which then has `size` tokens; `names` are those of the
+    model's embedding and head. All of it lies behind the first `start` bytes of the buffer.
+
+    Of `embedding` and `head` a later part replaces what an earlier one has of the same token. LoRA on
+    the embedding is `a` [r, size], `b` [D, r]; on the head `a` [r, D], `b` [size, r]."""
+
+    size: int
+    names: tuple[str, str]
+    start: int
+    embedding: tuple[StoredRows, ...] = ()
+    head: tuple[StoredRows, ...] = ()
+    embedding_lora: StoredPair | None = None
+    head_lora: StoredPair | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Of the embedding or of the head, whichever has more of its own."""
+        return max(_num_ids(parts) for parts in (self.embedding, self.head))
+
+    @property
+    def loras(self) -> dict[str, StoredPair]:
+        """By module."""
+        pairs = zip(self.names, (self.embedding_lora, self.head_lora), strict=True)
+        return {name: pair for name, pair in pairs if pair is not None}
+
+
+def _num_ids(parts: tuple[StoredRows, ...]) -> int:
+    if not parts:
+        return 0
+    return len(np.unique(np.concatenate([part.ids for part in parts])))
+
+
 @dataclass(frozen=True, slots=True)
 class StoredVectors:
     """What one linear layer has beside its factors, [1, out] each: DoRA's magnitude, the bias of lora_B,
@@ -166,11 +208,19 @@ class Layout:
     experts: dict[str, StoredExperts] = field(default_factory=dict)
     head: StoredHead | None = None
     vectors: dict[str, StoredVectors] = field(default_factory=dict)
+    vocabulary: StoredVocabulary | None = None
 
     @property
     def num_bytes(self) -> int:
+        if not self.runs:  # of a copy of the base model's rows, nothing is kept
+            return 0
         _, offset, size = self.runs[-1]
         return offset + size
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes, from the start of the buffer, that have all factors of layers."""
+        return self.vocabulary.start if self.vocabulary else self.num_bytes
 
 
 def place(tensors: Iterable[tuple[int, int, int]]) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -278,7 +328,16 @@ class AdapterWeights:
     @cached_property
     def pairs(self) -> dict[str, LoRAPair]:
         """Module name -> factors; made when first asked for, since a GPU needs only the bytes."""
+        return self._views(self.layout.pairs)
+
+    @property
+    def every_pair(self) -> dict[str, LoRAPair]:
+        """`pairs`, and those of the embedding (of tokens as one-hot rows) and the output head."""
+        vocabulary = self.layout.vocabulary
+        return self.pairs | (self._views(vocabulary.loras) if vocabulary else {})
+
+    def _views(self, pairs: Mapping[str, StoredPair]) -> dict[str, LoRAPair]:
         return {
             module: LoRAPair(pair.a.view(self.buffer), pair.b.view(self.buffer).t(), pair.scale)
-            for module, pair in self.layout.pairs.items()
+            for module, pair in pairs.items()
         }

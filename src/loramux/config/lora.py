@@ -39,6 +39,8 @@ HASHED_FIELDS = (
     "lora_dtype",
     "target_modules",
     "enable_tower_connector_lora",
+    "enable_vocabulary_lora",
+    "max_lora_vocabulary_rows",
     "allow_partial_adapters",
     "specialize_active_lora",
     "enable_mixed_moe_lora_format",
@@ -130,6 +132,16 @@ class LoRAConfig(BaseModel):
     enable_tower_connector_lora: bool = False
     """Serve adapters on the vision or audio tower and on the connector of multimodal models. Off: an
     adapter that touches them is refused."""
+
+    enable_vocabulary_lora: bool = False
+    """Serve LoRA on the input embedding and on the output head, for which the adapter pool then has
+    room. Off: an adapter that has it is refused. No field of vLLM's."""
+
+    max_lora_vocabulary_rows: int = Field(default=0, ge=0)
+    """Most rows of the embedding, and of the output head, that one adapter may have of its own: trained
+    tokens, added tokens, and those rows of a full copy that differ from the base model's. Each of
+    `max_loras` places has room for so many. 0: such an adapter is refused, by a message that says how
+    many it needs. No field of vLLM's."""
 
     allow_partial_adapters: bool = False
     """Serve adapters that touch a tower or a connector where that is not served, without that part:
@@ -257,6 +269,11 @@ class LoRAConfig(BaseModel):
     def resolves(self) -> bool:
         """Whether names that are not known are looked up."""
         return bool(self.adapter_roots or self.adapter_repositories)
+
+    @property
+    def changes_vocabulary(self) -> bool:
+        """Whether adapters may change the embedding or the output head."""
+        return self.enable_vocabulary_lora or self.max_lora_vocabulary_rows > 0
 
     def compute_hash(self) -> str:
         """Hex digest of every field that changes what is computed, equal in every process.

@@ -71,6 +71,7 @@ class MemoryPlan:
     max_loras: int  # 0: no adapters are served
     max_lora_rank: int
     num_ranks: int = 1  # each of which takes all of this
+    vocabulary_bytes: int = 0  # of the adapter pool, for adapters' own vocabularies
 
     @property
     def num_blocks(self) -> int:
@@ -124,6 +125,7 @@ def plan_memory(config: EngineConfig, facts: ModelFacts) -> MemoryPlan:
         max_loras=lora.max_loras if lora else 0,
         max_lora_rank=lora.max_lora_rank if lora else 0,
         num_ranks=config.tensor_parallel_size,
+        vocabulary_bytes=vocabulary_bytes(lora, facts) if lora else 0,
     )
 
 
@@ -132,9 +134,7 @@ def needs(config: EngineConfig, facts: ModelFacts) -> Needs:
     pool = adapter_pool_bytes(config.lora, facts) if config.lora else 0
     assert config.max_num_batched_tokens is not None
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
-    work = max(
-        _layer_bytes(tokens, config.lora, facts), _sampling_bytes(config.max_num_seqs, facts)
-    )
+    work = max(_layer_bytes(tokens, config.lora, facts), _sampling_bytes(config, facts))
     if not facts.on_gpu:
         return Needs(pool, work, 0, 0, _encoder_bytes(config, facts))
     return Needs(
@@ -160,12 +160,27 @@ def default_kv_bytes(config: EngineConfig, facts: ModelFacts) -> int:
 
 
 def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
-    """Bytes of the rank-row pool: `max_loras * max_lora_rank` rows of every module, and places for
-    gains and shifts."""
+    """Bytes of the rank-row pool, `max_loras * max_lora_rank` rows of every module with places for
+    gains and shifts, and of the tables that adapters' own vocabularies take beside it."""
     rows = pool_rows(lora, facts.row_granule)
     places = ((rows - 1) >> affine_shift(lora, facts.row_granule)) + 1
     elements = rows * facts.adapter_elements_per_row + 2 * places * facts.adapter_outputs
-    return elements * _lora_itemsize(lora, facts)
+    return elements * _lora_itemsize(lora, facts) + vocabulary_bytes(lora, facts)
+
+
+def vocabulary_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
+    """Bytes of `layers/vocabulary.VocabularyPool`: rows of the embedding and of the head for each place,
+    which token has which; and LoRA on both, a row for every token."""
+    widths, rows = facts.widths, lora.max_lora_vocabulary_rows
+    most = widths.vocab + rows
+    taken = 0
+    if rows:
+        a_place = 2 * rows * widths.hidden * widths.itemsize + 4 * most + 8 * rows
+        taken += lora.max_loras * a_place
+    if lora.enable_vocabulary_lora:
+        ranks = pool_rows(lora, facts.row_granule)
+        taken += 2 * ranks * (most + widths.hidden) * _lora_itemsize(lora, facts)
+    return taken
 
 
 def pool_rows(lora: LoRAConfig, granule: int = 1) -> int:
@@ -212,7 +227,9 @@ def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
     under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
     places = 1 + (len(row_buckets(pool_rows(lora, facts.row_granule))) if under_weight else 0)
     bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
-    return sum(1 + places * (1 + sum(bound <= size for bound in bounds)) for size in sizes)
+    outer = int(lora.changes_vocabulary and facts.widths.fused)
+    more = 1 + outer  # with gains and shifts; and with vocabularies of their own
+    return sum(1 + places * (1 + more + sum(bound <= size for bound in bounds)) for size in sizes)
 
 
 def _lora_itemsize(lora: LoRAConfig, facts: ModelFacts) -> int:
@@ -237,9 +254,12 @@ def _layer_bytes(tokens: int, lora: LoRAConfig | None, facts: ModelFacts) -> int
     return tokens * row
 
 
-def _sampling_bytes(rows: int, facts: ModelFacts) -> int:
+def _sampling_bytes(config: EngineConfig, facts: ModelFacts) -> int:
     """Logits of every sequence, and in float32 their adjusted copy and two temporaries of it."""
-    return rows * facts.widths.vocab * (facts.widths.itemsize + 3 * 4)
+    lora, tokens, copies = config.lora, facts.widths.vocab, 1
+    if lora is not None and lora.changes_vocabulary:  # a second, wider copy of the base model's
+        tokens, copies = tokens + lora.max_lora_vocabulary_rows, 2
+    return config.max_num_seqs * tokens * (copies * facts.widths.itemsize + 3 * 4)
 
 
 def _workspace_bytes(config: EngineConfig, facts: ModelFacts) -> int:
@@ -249,7 +269,22 @@ def _workspace_bytes(config: EngineConfig, facts: ModelFacts) -> int:
         # Of the largest adapter as it is in most files: in float32.
         adapter = config.lora.max_lora_rank * facts.adapter_elements_per_row * 4
         staging = -(-adapter // LOADER_STEP) * LOADER_STEP
-    return facts.attention_bytes + LIBRARY_BYTES + packed_bytes(config) + staging
+    return (
+        facts.attention_bytes
+        + LIBRARY_BYTES
+        + packed_bytes(config)
+        + staging
+        + _outer_bytes(config, facts)
+    )
+
+
+def _outer_bytes(config: EngineConfig, facts: ModelFacts) -> int:
+    """What `engine/outer_steps.OuterSteps` keeps: embeddings and hidden states of a captured step."""
+    if config.lora is None or not config.lora.changes_vocabulary:
+        return 0
+    largest = max(captured_sizes(config))
+    rows = largest + max(largest, config.max_num_seqs)
+    return rows * facts.widths.hidden * facts.widths.itemsize
 
 
 def packed_bytes(config: EngineConfig) -> int:

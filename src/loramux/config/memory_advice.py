@@ -11,6 +11,7 @@ from loramux.config.memory import (
     SPARE_BYTES,
     adapter_pool_bytes,
     needs,
+    vocabulary_bytes,
 )
 from loramux.config.sizes import format_size
 from loramux.errors import ConfigError
@@ -133,6 +134,11 @@ def _smaller_pool(config: EngineConfig, facts: ModelFacts, short: int) -> list[W
         if fewer:
             flag = "--" + name.replace("_", "-")
             ways.append((name, f"lower {flag} to {fewer} (about {format_size(short)} less)"))
+    own, rows = vocabulary_bytes(lora, facts), lora.max_lora_vocabulary_rows
+    if fewer := int(rows * (1 - short / own)) if own > short else 0:
+        ways.append(
+            ("max_lora_vocabulary_rows", f"lower --max-lora-vocabulary-rows to {fewer}"),
+        )
     text = f"give --dtype or --lora-dtype of 16 bits, or free about {format_size(short)}"
     return ways or [("max_loras", f"not even one adapter fits: lower --max-lora-rank, {text}")]
 

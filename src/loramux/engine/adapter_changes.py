@@ -14,7 +14,8 @@ from loramux.adapters.header import WEIGHTS_NAME
 from loramux.adapters.peft_config import CONFIG_NAME
 from loramux.engine.engine import Engine
 from loramux.errors import AdapterUnloaded, EngineError, Overloaded
-from loramux.types import AdapterEvent, AdapterRef, Unloaded
+from loramux.status import AdapterEvent, Unloaded
+from loramux.types import AdapterRef
 
 POLL_S = 0.005
 # From the end of the last request of a version to its rows being free: a load of it may be on its way.

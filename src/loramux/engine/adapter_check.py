@@ -14,6 +14,7 @@ from loramux.adapters.self_test import FileDeltas, NumericReport, check_deltas
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.models.loader import load_schema
+from loramux.models.vocabulary import CheckpointVocabulary
 from loramux.schema import ModelSchema
 
 
@@ -46,11 +47,14 @@ def check_deltas_of(path: str, model: str, lora: LoRAConfig | None = None) -> Nu
 def _read(
     path: str, model: str, lora: LoRAConfig
 ) -> tuple[Path, ModelSchema, AdapterWeights, BindingReport]:
-    schema = load_schema(EngineConfig(model=model, lora=lora)).schema
+    config = EngineConfig(model=model, lora=lora)
+    schema = load_schema(config).schema
     downloads = Downloads(lora.max_adapter_download_bytes, lora.adapter_fetch_timeout_s)
     folder = downloads.fetch(path).folder
     name = path.rstrip("/").rpartition("/")[2] or path
-    weights, report = read_adapter(name, folder, schema, lora, _dtype(lora))
+    # The model's own data type is not known here; float32 tells every difference.
+    base = CheckpointVocabulary(config, schema, torch.float32)
+    weights, report = read_adapter(name, folder, schema, lora, _dtype(lora), base=base)
     return folder, schema, weights, report
 
 

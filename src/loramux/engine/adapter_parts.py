@@ -15,6 +15,7 @@ from loramux.engine.leading import LeadingRunner
 from loramux.engine.loads import AdapterLoads, Arrived
 from loramux.engine.runner import Runner
 from loramux.errors import LoramuxError
+from loramux.models.vocabulary import CheckpointVocabulary
 from loramux.schema import ModelSchema
 from loramux.types import AdapterRef
 
@@ -39,6 +40,7 @@ def make_store(
         on_pins=lambda refs: inbox.post(partial(on_pins, refs)),
         rehearse=runner.rehearse,
         head_dtype=runner.attached.model.dtype,
+        base=CheckpointVocabulary(config, schema, runner.attached.model.dtype),
     )
 
 

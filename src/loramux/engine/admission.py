@@ -10,7 +10,7 @@ from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig
 from loramux.engine.activation import inside_media, starts_of
 from loramux.engine.pooling import PoolingModel
-from loramux.engine.validation import validate_pooling, validate_request
+from loramux.engine.validation import validate_pooling, validate_request, vocabulary_of
 from loramux.errors import InvalidField
 from loramux.types import (
     NOTHING_SAMPLED,
@@ -65,13 +65,15 @@ class Admission:
             limit -= max(0, media.shift)
         if isinstance(params, SamplingParams):
             self._pooling.check_generation()
-            sampling, pooling = validate_request(prompt, params, limit, self._vocab_size), None
-        else:
-            validate_pooling(prompt, params, limit, self._vocab_size, self._pooling.hidden_size)
-            prompt = self._pooling.prompt(prompt, params)
-            sampling, pooling = NOTHING_SAMPLED, params
         acquired = self._acquire(uses)
         try:
+            size = vocabulary_of(acquired, self._vocab_size)
+            if isinstance(params, SamplingParams):
+                sampling, pooling = validate_request(prompt, params, limit, size), None
+            else:
+                validate_pooling(prompt, params, limit, size, self._pooling.hidden_size)
+                prompt = self._pooling.prompt(prompt, params)
+                sampling, pooling = NOTHING_SAMPLED, params
             self._pooling.check(pooling, acquired)
             self._check_affine(acquired)
             starts = starts_of([ref for ref, _ in acquired], prompt)

@@ -44,7 +44,7 @@ class CpuRunner(Runner):
         self._fill_batch(plan, media)
         try:
             with pooling(self.attached, plan.rows, plan.pooled) as pooled:
-                logits = self._forward(plan.rows, media)  # [B, V]
+                logits = self._masked(self._forward(plan.rows, media))  # [B, V]
         finally:
             self.attached.batch.clear()
         rows = [row for row in plan.rows if row.sample is not None]
@@ -87,6 +87,7 @@ class CpuRunner(Runner):
 
     def _fill_batch(self, plan: StepPlan, media: StepMedia | None = None) -> None:
         batch = self.attached.batch
+        batch.vocabulary = self._vocabulary_step(plan.rows)
         batch.slots = self._slots(plan.rows)  # [T]
         batch.attention = self._attention(plan.rows)
         if media is not None and media.last_keys is not None:

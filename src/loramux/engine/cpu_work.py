@@ -50,6 +50,7 @@ def lora_step(
         member_ranks=torch.tensor(ranks, dtype=torch.int32),  # [M]
         rows_per_chunk=64,
         max_chunks=len(chunks),
+        affine=any(r >= AFFINE for r in ranks),
     )
     deltas, affine = parted(work)
     return LoRAStep(work, 0, width, dealt=deal_out(work, deal), deltas=deltas, affine=affine)

@@ -10,7 +10,7 @@ Only the thread that loads waits, and for that event alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -85,6 +85,20 @@ class DeviceLoader:
         with self._ours(weights.ref.name):
             self._stage(weights)
 
+    @torch.inference_mode()
+    def write(
+        self, name: str, write: Callable[[], None], after: torch.cuda.Event | None = None
+    ) -> None:
+        """Let `write` copy what adapter `name` has beside its rank rows; it is there when this returns.
+
+        `after` and errors as `load` has them."""
+        with self._ours(name):
+            if after is not None:
+                self._stream.wait_event(after)
+            write()
+            self._done.record(self._stream)
+            self._done.synchronize()
+
     @contextmanager
     def _ours(self, name: str) -> Iterator[None]:
         """The stream and all that stands beside it, for adapter `name`."""
@@ -99,7 +113,7 @@ class DeviceLoader:
 
     def _stage(self, weights: AdapterWeights) -> tuple[torch.Tensor, int]:
         """Staging memory for an adapter, and where in it its table starts."""
-        size = weights.buffer.numel()
+        size = weights.layout.layer_bytes
         table_at = -(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
         return self._reserve(table_at + self._table.num_bytes), table_at
 
@@ -107,7 +121,7 @@ class DeviceLoader:
         self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None
     ) -> None:
         staging, table_at = self._stage(weights)  # [bytes]
-        self._send(weights.buffer, staging, 0)
+        self._send(weights.buffer[: weights.layout.layer_bytes], staging, 0)
         work = self._table.fill(
             self._sources(weights), staging.data_ptr(), load.first_row, load.ref.max_r
         )

@@ -40,12 +40,11 @@ from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
 from loramux.engine.snapshot import snapshot
 from loramux.errors import EngineError, EngineStopped, InvalidField, LoramuxError, Overloaded
+from loramux.status import AdapterStatus, EngineStats
 from loramux.types import (
     AdapterRef,
-    AdapterStatus,
     AdapterUse,
     Delta,
-    EngineStats,
     MediaPrompt,
     PoolingParams,
     Request,

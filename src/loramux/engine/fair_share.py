@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from loramux.config.limits import BASE_TENANT
 from loramux.engine.sequence import Sequence
-from loramux.types import TenantStatus
+from loramux.status import TenantStatus
 
 MOST_IDLE = 4096  # tenants that are remembered though nothing of theirs is in flight
 

@@ -18,23 +18,25 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
-from loramux.config.graphs import REREAD_POSITIONS
 from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import attention_batch, make_planner
+from loramux.engine.choosers import make_chooser, side_stream
 from loramux.engine.gpu_running import GpuRunning, event_behind_all
-from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput
+from loramux.engine.graphs import Captured, GraphKey, StepGraphs, StepOutput, graph_keys
 from loramux.engine.hidden import pooling
 from loramux.engine.logits import SharedLogits, likeliest
 from loramux.engine.lora_choice import LoRAChoice
+from loramux.engine.outer_steps import OuterSteps
 from loramux.engine.packing import (
-    Capacity,
     PackedStep,
     Run,
     StepShape,
     active_runs,
+    capacities,
     chunk_rows,
     decodes_first,
     fill,
+    have_members,
     leading_decodes,
     runs_of,
 )
@@ -44,16 +46,13 @@ from loramux.engine.runner import Runner
 from loramux.engine.sampler import Sampler
 from loramux.engine.singles import Limits, single_tokens
 from loramux.engine.trial import failing_sizes, trial_rows
-from loramux.engine.tuning import active_buckets_of, make_chooser
-from loramux.engine.warm_up import StepLimits, places, warm_up, whole_row
+from loramux.engine.warm_up import StepLimits, places, warm_up, warm_up_adapters, whole_row
 from loramux.kernels import AttentionBatch, take_tokens
-from loramux.layers.batch import LoRAStep, Overlay
+from loramux.layers.batch import LoRAStep, Overlay, VocabularyStep
 from loramux.layers.sharded import deal_out, parted
 from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
-
-MEMBERS_A_ROW = 4  # room for adapters in the buffer of a captured step, copied whole
 
 
 class GpuRunner(Runner):
@@ -70,7 +69,7 @@ class GpuRunner(Runner):
         self._ranks: dict[int, int] = {}  # first pool row -> rank rows
         self._encoder = self._make_encoder(self._ranks)
         self._previous: dict[int, int] = {}  # sequence -> place of its token in `_chosen`
-        self._lora_stream = self._side_stream()
+        self._lora_stream = side_stream(config.lora, self._device)
         self._graph_width = -(-pool_rank(config.lora, self._deal) // 16) * 16 if config.lora else 0
         self._logits_place: SharedLogits | None = None
         needs = self._plan.needs
@@ -80,8 +79,9 @@ class GpuRunner(Runner):
                 *(attached.attentions, self._decode, self._mixed),
                 *(self.block_size, attached.model.dtype),
             )
-            self._active = active_buckets_of(config.lora)
-            self._chooser = make_chooser(attached, config, facts, self._device)
+            self._active, self._chooser = make_chooser(
+                *(attached, config.lora, facts, self._device), measure=self._on_gpu
+            )
         with self._taking("graphs", needs.graphs):
             self._graphs = self._capture()
             sizes = self._graphs.sizes if self._graphs else []
@@ -178,8 +178,10 @@ class GpuRunner(Runner):
         elif not choice.base_rows and choice.width > self._graph_width:
             return None  # a sum of many adapters: wider than what was captured
         else:
-            active = self._active_bucket(active_runs(runs), size)
-            key = GraphKey(size, True, choice.base_rows, active)
+            outer = self._vocabulary_step(rows) is not None
+            affine = outer or have_members(runs, self._affine_rows)
+            bound = 0 if affine else self._active_bucket(active_runs(runs), size)
+            key = GraphKey(size, True, choice.base_rows, bound, affine=affine, outer=outer)
         key = key.keeping(self.config.max_num_seqs)
         captured = graphs.get(key)
         return None if captured is None else (key, captured)
@@ -195,11 +197,16 @@ class GpuRunner(Runner):
         host, shape = self._fill(packed, rows, choice, chunk_rows(key.tokens), pad_to=key.tokens)
         self._plan_decode(packed, host, key.tokens)
         packed.send(host, shape.words)
+        vocabulary, outer = None, self._outer if key.outer else None
+        if outer is not None:
+            vocabulary = outer.begin(self._vocabulary_step(rows), self._ids(packed, len(rows)))
         captured.graph.replay()
         count = sum(row.sample is not None for row in rows)
-        if count == len(rows) or key.kept is not None:
-            return captured.output.take(slice(count))
-        return captured.output.take(packed.view(packed.device, "keep")[:count].long())
+        kept: slice | torch.Tensor = slice(count)
+        if count < len(rows) and key.kept is None:
+            kept = packed.view(packed.device, "keep")[:count].long()
+        output = captured.output.take(kept)
+        return output if outer is None else outer.finish(output, vocabulary, self._chosen)
 
     def _plan_decode(self, packed: PackedStep, host: torch.Tensor, count: int) -> None:
         if self._planner is not None:
@@ -219,10 +226,14 @@ class GpuRunner(Runner):
         if key.adapters:
             step = chunk_rows(count)
             bound = count if not key.active else min(count, count // step + key.active + 1)
-            lora = self._lora_step(packed, bound, step, key.base_rows, self._graph_width)
+            lora = self._lora_step(
+                *(packed, bound, step, key.base_rows, self._graph_width), affine=key.affine
+            )
         lists = (list(range(count + 1)), [1] * count)
         blocks = self._blocks_per_sequence
         attention = attention_batch(packed, self._planner, count, 1, lists, blocks)
+        if key.outer:
+            return self._forward(packed, count, key.kept, attention, lora, outer=True)
         out = self._shared_logits(count if key.kept is None else key.kept)
         return self._forward(packed, count, key.kept, attention, lora, out)
 
@@ -248,17 +259,8 @@ class GpuRunner(Runner):
         return graphs
 
     def _graph_keys(self, sizes: Sequence[int]) -> list[GraphKey]:
-        keys = [GraphKey(size) for size in sizes]
-        if self._chooser is not None:
-            places = [0, *self._chooser.buckets]
-            bounds = self._active or [0]
-            keys += [
-                GraphKey(size, True, rows, bound)
-                for size in sizes
-                for rows in places
-                for bound in [0, *bounds]
-                if bound <= size
-            ]
+        places = [] if self._chooser is None else [0, *self._chooser.buckets]
+        keys = graph_keys(sizes, places, self._active, outer=self._outer is not None)
         return [key.keeping(self.config.max_num_seqs) for key in keys]
 
     # --- other steps ---------------------------------------------------------------------------
@@ -292,16 +294,21 @@ class GpuRunner(Runner):
         packed.send(host, shape.words)
         lora = None
         if choice is not None:
+            runs = runs_of(rows)
             lora = self._lora_step(
                 *(packed, shape.chunks, rows_per_chunk, choice.base_rows, choice.width),
-                members=sum(len(run.members) for run in runs_of(rows)),
+                members=sum(len(run.members) for run in runs),
+                affine=have_members(runs, self._affine_rows),
             )
         attention = attention_batch(packed, planner, count, shape.max_queries, lists, widest)
         if whole is not None:
             attention = replace(attention, last_keys=whole)
         overlay = None if media is None else media.overlay
         return self._forward(
-            *(packed, tokens, shape.kept, attention, lora), overlay=overlay, placed=placed
+            *(packed, tokens, shape.kept, attention, lora),
+            overlay=overlay,
+            placed=placed,
+            vocabulary=self._vocabulary_step(rows),
         )
 
     @torch.inference_mode()
@@ -312,10 +319,13 @@ class GpuRunner(Runner):
         known, self._ranks = self._ranks, {} if self._chooser is None else places(self.config)
         try:
             warm_up(run, self._sampler, StepLimits.of(self.config), self._ranks, buckets)
+            self._affine_rows.update(self._ranks)
+            warm_up_adapters(run, StepLimits.of(self.config), self._ranks, buckets)
             if self._encoder is not None and self._encoder.sees_whole:
                 run([whole_row(self.block_size)], None)
         finally:
             self._ranks = known
+            self._affine_rows.clear()
 
     @torch.inference_mode()
     def try_prompts(self) -> None:
@@ -344,29 +354,39 @@ class GpuRunner(Runner):
         out: torch.Tensor | None = None,
         overlay: Overlay | None = None,
         placed: torch.Tensor | None = None,
+        vocabulary: VocabularyStep | None = None,
+        *,
+        outer: bool = False,
     ) -> StepOutput:
         """Run on the packed buffer's contents; `kept` None keeps every row. `placed` [3, T]: positions
-        in place of the buffer's, for the model's own forward."""
+        in place of the buffer's, for the model's own forward. With `outer` only the body runs."""
         view, batch = packed.view, self.attached.batch
         buffer = packed.device
-        ids = take_tokens(
-            view(buffer, "ids")[:tokens], view(buffer, "sources")[:tokens], self._chosen
-        )  # [T]
+        ids = self._ids(packed, tokens)  # [T]
+        batch.vocabulary = vocabulary
         batch.slots = view(buffer, "slots")[:tokens]  # [T]
         batch.positions = view(buffer, "positions")[:tokens]  # [T]
         batch.attention, batch.lora = attention, lora
         keep = None if kept is None else view(buffer, "keep")[:kept]  # [B]
         try:
+            if outer and self._outer is not None:
+                return self._outer.body(ids, keep)
             if self.decoder is not None:
                 logits = self.decoder.forward(ids, keep, out, overlay)  # [B, V]
             else:
                 where = batch.positions if placed is None else placed.to(self._device)
                 logits = self.attached.own_forward(ids, where, keep, overlay)  # [B, V]
+            logits = self._masked(logits)  # [B, V]
         finally:
             batch.clear()
         greedy = likeliest(logits)  # [B]
         self._chosen[: greedy.shape[0]] = greedy
         return StepOutput(logits, greedy, ids if keep is None else ids[keep])
+
+    def _ids(self, packed: PackedStep, tokens: int) -> torch.Tensor:
+        """The tokens [T] of a step, those that the step before chose among them."""
+        ids, sources = (packed.view(packed.device, name)[:tokens] for name in ("ids", "sources"))
+        return take_tokens(ids, sources, self._chosen)  # [T]
 
     def _lora_step(
         self,
@@ -376,32 +396,21 @@ class GpuRunner(Runner):
         base_rows: int,
         width: int,
         members: int | None = None,
+        *,
+        affine: bool,
     ) -> LoRAStep:
         """`members`: how many the step has, where that is known; experts' work depends on it."""
-        work = packed.work(chunks, rows_per_chunk, members)
+        work = packed.work(chunks, rows_per_chunk, members, affine=affine)
         parts = (deal_out(work, self._deal), *parted(work)) if self._deal > 1 else ()
         return LoRAStep(work, base_rows, width, self._lora_stream, *parts)
 
     # --- making --------------------------------------------------------------------------------
 
     def _make_buffers(self) -> None:
-        config = self.config
-        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
-        self._blocks_per_sequence = -(-config.max_model_len // self.block_size) + 1
+        config, largest = self.config, max(captured_sizes(self.config))
+        self._blocks_per_sequence, decode, mixed = capacities(config, largest, self.block_size)
+        self._decode = PackedStep(decode, self._device)
+        self._mixed = PackedStep(mixed, self._device)
         sequences = config.max_num_seqs
-        pages = sequences * (self._blocks_per_sequence + 1)
-        members = sequences * (config.lora.max_loras if config.lora else 1)
-        largest = max(captured_sizes(config))
-        # Compositions are mostly short; a step with more members in all runs without a graph.
-        few = min(members, MEMBERS_A_ROW * largest)
-        room = pages + largest + REREAD_POSITIONS // self.block_size
-        self._decode = PackedStep(Capacity(largest, largest, few, room), self._device)
-        tokens = max(config.max_num_batched_tokens, sequences)
-        self._mixed = PackedStep(Capacity(tokens, sequences, 2 * members, pages), self._device)
         self._chosen = torch.zeros(max(largest, sequences), dtype=torch.int64, device=self._device)
-
-    def _side_stream(self) -> torch.cuda.Stream | None:
-        lora = self.config.lora
-        if lora is None or not lora.dual_stream(str(self._device)):
-            return None
-        return torch.cuda.Stream(self._device)
+        self._outer = OuterSteps.of(self.attached, self._vocabularies, config, largest)

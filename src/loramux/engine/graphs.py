@@ -26,17 +26,36 @@ logger = logging.getLogger(__name__)
 class GraphKey:
     """What is fixed in a graph. `active` bounds the compositions with adapters; with `adapters`
     False there are none and their kernels are not in the graph. `kept` are the rows that logits are
-    made of, those that the step keeps first; None: all."""
+    made of, those that the step keeps first; None: all. With `affine` adapters may have gains and
+    shifts; with `outer` embedding and head are outside, see `engine/outer_steps.py`."""
 
     tokens: int
     adapters: bool = False
     base_rows: int = 0
     active: int = 0
     kept: int | None = None
+    affine: bool = False
+    outer: bool = False
 
     def keeping(self, most: int) -> GraphKey:
         """The same of steps that keep at most so many rows."""
         return replace(self, kept=most if self.tokens > most else None)
+
+
+def graph_keys(
+    sizes: Sequence[int], places: Sequence[int], bounds: Sequence[int], *, outer: bool
+) -> list[GraphKey]:
+    """All that are captured: without adapters; and with them (`places`: numbers of pool rows in the base
+    product, none where no adapters are served) for any number of compositions and for each of
+    `bounds`, once more for those with gains and shifts, and, with `outer`, for those that change the
+    vocabulary, which may have them as well."""
+    keys = [GraphKey(size) for size in sizes]
+    for size in sizes:
+        for rows in places:
+            keys += [GraphKey(size, True, rows, n) for n in [0, *bounds] if n <= size]
+            keys += [GraphKey(size, True, rows, affine=True)]
+            keys += [GraphKey(size, True, rows, affine=True, outer=True)] if outer else []
+    return keys
 
 
 @dataclass(frozen=True, slots=True)

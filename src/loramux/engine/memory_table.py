@@ -44,6 +44,8 @@ def _rows(plan: MemoryPlan) -> list[tuple[str, int, str]]:
     if plan.max_loras:
         rows = plan.max_loras * plan.max_lora_rank
         pool = f"{plan.max_loras:,} adapters of rank {plan.max_lora_rank}: {rows:,} rows"
+    if plan.vocabulary_bytes:
+        pool += f"; {format_size(plan.vocabulary_bytes)} of it for their vocabularies"
     rows_found = [
         ("weights", plan.weight_bytes, ""),
         ("adapter pool", needs.pool, pool),

@@ -15,7 +15,8 @@ from itertools import chain
 import numpy as np
 import torch
 
-from loramux.config.graphs import LARGEST
+from loramux.config import EngineConfig
+from loramux.config.graphs import LARGEST, REREAD_POSITIONS
 from loramux.engine.plan import PENDING, Row
 from loramux.kernels import AFFINE, WorkList
 
@@ -25,6 +26,7 @@ CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
 # Rows that a LoRA program takes together: B is read once. Steps of up to so many tokens: that many.
 CHUNKS = ((64, 8), (LARGEST, 16))
 FEWEST_DECODES = 4  # in a mixed step: fewer are not worth kernels of their own
+MEMBERS_A_ROW = 4  # room for adapters in the buffer of a captured step, copied whole
 LARGE_CHUNK = 64  # of larger steps, which no graph captures
 
 
@@ -59,6 +61,26 @@ class Capacity:
             "last_page_lens": self.sequences,
             "pages": self.pages,
         }
+
+
+def capacities(
+    config: EngineConfig, largest: int, block_size: int
+) -> tuple[int, Capacity, Capacity]:
+    """(blocks of the longest sequence, captured steps of up to `largest` tokens, all steps)."""
+    assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+    blocks = -(-config.max_model_len // block_size) + 1
+    sequences = config.max_num_seqs
+    pages = sequences * (blocks + 1)
+    members = sequences * (config.lora.max_loras if config.lora else 1)
+    # Compositions are mostly short; a step with more members in all runs without a graph.
+    few = min(members, MEMBERS_A_ROW * largest)
+    room = pages + largest + REREAD_POSITIONS // block_size
+    tokens = max(config.max_num_batched_tokens, sequences)
+    return (
+        blocks,
+        Capacity(largest, largest, few, room),
+        Capacity(tokens, sequences, 2 * members, pages),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +140,11 @@ class PackedStep:
         field = buffer[start : start + self._lengths[name]]
         return field.view(torch.float32) if name == "member_scales" else field
 
-    def work(self, chunks: int, rows_per_chunk: int, members: int | None = None) -> WorkList:
-        """The adapters of the step on the device, of at most so many chunks and members."""
+    def work(
+        self, chunks: int, rows_per_chunk: int, members: int | None = None, *, affine: bool
+    ) -> WorkList:
+        """The adapters of the step on the device, of at most so many chunks and members; `affine`: some
+        may have gains and shifts."""
         view, buffer = self.view, self.device
         return WorkList(
             chunks=view(buffer, "chunks")[: CHUNK_WORDS * chunks].view(chunks, CHUNK_WORDS),
@@ -130,6 +155,7 @@ class PackedStep:
             member_ranks=view(buffer, "member_ranks")[:members],
             rows_per_chunk=rows_per_chunk,
             max_chunks=chunks,
+            affine=affine,
         )
 
     def arrays(self, host: torch.Tensor) -> dict[str, Array]:
@@ -176,6 +202,11 @@ def leading_decodes(rows: Sequence[Row]) -> int:
     """How many rows at the start are decoded by kernels of their own."""
     count = next((i for i, row in enumerate(rows) if len(row.token_ids) > 1), len(rows))
     return count if count >= FEWEST_DECODES else 0
+
+
+def have_members(runs: Sequence[Run], rows: Set[int]) -> bool:
+    """Whether any adapter of `runs` is in one of these pool rows."""
+    return bool(rows) and any(row in rows for run in runs for row, _ in run.members)
 
 
 def runs_of(rows: Sequence[Row]) -> list[Run]:

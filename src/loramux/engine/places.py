@@ -48,7 +48,7 @@ class Places:
         """Pin exactly these versions, by digest."""
         assert self._pool is not None, "pins without an adapter pool. This is a bug."
         self._pins = dict(refs)
-        self._pool.set_pins({digest: self._rank_of(ref) for digest, ref in refs.items()})
+        self._pool.set_pins({digest: self._rows(ref) for digest, ref in refs.items()})
 
     def place_pins(self) -> None:
         """Ask for the pinned adapters that are not on the device, as far as there is room now."""
@@ -67,14 +67,9 @@ class Places:
         for digest in sequence.digests:
             ref = sequence.refs[digest]
             self._since.setdefault(digest, now)
-            if (first_row := self._pool.hold(digest, self._rank_of(ref))) is not None:
+            if (first_row := self._pool.hold(digest, self._rows(ref))) is not None:
                 self._loads.append(AdapterLoad(ref, first_row))
         sequence.held = sequence.digests
-
-    def _rank_of(self, ref: AdapterRef) -> int:
-        """For what rank an adapter is held."""
-        assert self._pool is not None
-        return self._pool.affine_r(ref.max_r) if ref.affine else ref.max_r
 
     def release(self, sequence: Sequence) -> None:
         """Give back what `sequence` holds, at once.
@@ -98,6 +93,14 @@ class Places:
         if self._pool is None:
             return ()
         return tuple((self._pool.row_of(digest), scale) for digest, scale in sequence.composition)
+
+    def _rows(self, ref: AdapterRef) -> int:
+        """Pool rows to take: an adapter that changes the vocabulary has a place for itself, and one with
+        gains and shifts whole places of these."""
+        assert self._pool is not None
+        if ref.vocabulary_size:
+            return self._pool.rows_per_slot
+        return self._pool.affine_r(ref.max_r) if ref.affine else ref.max_r
 
     def held_before(self, moment: float) -> list[str]:
         """Digests held without a break since `moment` or longer, those held longest first."""

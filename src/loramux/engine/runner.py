@@ -18,10 +18,12 @@ from loramux.config.memory import affine_shift, pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
 from loramux.engine.affine import Affines
 from loramux.engine.encoder_step import EncoderStep, StepMedia
-from loramux.engine.plan import AdapterLoad, StepPlan, StepResult
+from loramux.engine.plan import AdapterLoad, Row, StepPlan, StepResult
 from loramux.engine.reading import Reading
+from loramux.engine.vocabulary import Vocabularies
 from loramux.errors import ConfigError
 from loramux.kernels import LoRASite
+from loramux.layers.batch import VocabularyStep
 from loramux.layers.dealt import dealt_sites
 from loramux.layers.experts import own_sites
 from loramux.layers.linear import MergedLinear
@@ -80,6 +82,7 @@ class Runner(ABC):
             self._loader = self._make_loader(self._sites)
             self._dealt_sites = dealt_sites(attached.sites, attached.experts, self._deal)
             self._dealt_loader = self._make_loader(self._dealt_sites)
+            self._vocabularies = Vocabularies.of(attached, config)
         with self._taking("kv_cache", self._plan.kv_bytes):
             for attention in attached.attentions:
                 attention.allocate(self.num_blocks, config.block_size, dtype, facts.device)
@@ -152,6 +155,7 @@ class Runner(ABC):
         if dealt is not None:
             place = AdapterLoad(dealt.ref, load.first_row // self._deal)
             self._write(self._dealt_loader, self._dealt_sites, place, dealt, after)
+        self._load_vocabulary(load, weights, after)
 
     def close(self) -> None:  # noqa: B027
         """Give up what would keep the ranks from parting; nothing is launched afterwards."""
@@ -238,6 +242,32 @@ class Runner(ABC):
         of a row layer, and of a sum a shift counts once."""
         partial = isinstance(merged, ShardedLinear) and merged.kind == "row" and self._deal == 1
         return not (partial and merged.is_packed) or self.group.rank == 0
+
+    def _vocabulary_step(self, rows: Sequence[Row]) -> VocabularyStep | None:
+        """What of `rows` changes the vocabulary; None: nothing."""
+        return None if self._vocabularies is None else self._vocabularies.step(rows)
+
+    def _masked(self, logits: torch.Tensor) -> torch.Tensor:
+        """The step's logits [B, V] without tokens that a row's vocabulary does not have."""
+        step = self.attached.batch.vocabulary
+        if step is not None and self._vocabularies is not None:
+            self._vocabularies.pool.mask(logits, step)
+        return logits
+
+    def _load_vocabulary(
+        self, load: AdapterLoad, weights: AdapterWeights, after: torch.cuda.Event | None
+    ) -> None:
+        """Every rank has it whole."""
+        if self._vocabularies is None:
+            return
+        self._vocabularies.forget(load.first_row)
+        if weights.layout.vocabulary is None:
+            return
+        write = partial(self._vocabularies.write, load, weights)
+        if self._loader is None:
+            write()
+        else:
+            self._loader.write(load.ref.name, write, after)
 
     def _make_loader(self, sites: Sequence[LoRASite]) -> DeviceLoader | None:
         """What brings adapters to a GPU beside the steps; None on a CPU, or without adapters."""

@@ -22,18 +22,8 @@ from loramux.engine.loop_thread import LoopThread
 from loramux.engine.resolving import Resolving, resolver_of, unknown
 from loramux.errors import EngineError, EngineStopped, LoramuxError
 from loramux.media import Audio, Image, Video
-from loramux.types import (
-    AdapterEvent,
-    AdapterRef,
-    AdapterStatus,
-    AdapterUse,
-    Delta,
-    EngineStats,
-    MediaPrompt,
-    PoolingParams,
-    SamplingParams,
-    Unloaded,
-)
+from loramux.status import AdapterEvent, AdapterStatus, EngineStats, Unloaded
+from loramux.types import AdapterRef, AdapterUse, Delta, MediaPrompt, PoolingParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 

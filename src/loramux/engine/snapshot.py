@@ -9,7 +9,7 @@ from loramux.adapters.pool import AdapterPool
 from loramux.adapters.store import AdapterStore
 from loramux.config import MemoryPlan
 from loramux.engine.scheduler import Scheduler
-from loramux.types import AdapterStatus, EngineStats
+from loramux.status import AdapterStatus, EngineStats
 
 
 def snapshot(

@@ -23,14 +23,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from loramux.config import EngineConfig, LoRAConfig, ModelFacts
-from loramux.config.graphs import active_buckets, row_buckets
-from loramux.engine.lora_choice import LoRAChooser
+from loramux.config import LoRAConfig, ModelFacts
+from loramux.config.graphs import row_buckets
 from loramux.engine.packing import chunk_rows
 from loramux.kernels import LoRASite, WorkList, lora_shrink, shrink_parts
 from loramux.layers.linear import MergedLinear
-from loramux.layers.tower import TowerLinear
-from loramux.models.attach import Attached
 
 logger = logging.getLogger(__name__)
 
@@ -232,26 +229,3 @@ def _time(sites: Sequence[MergedLinear], run: Work, tokens: int) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / len(used))
     return float(statistics.median(times))
-
-
-def active_buckets_of(lora: LoRAConfig | None) -> list[int]:
-    """Bounds of the adapters in a step that graphs are captured for; none without
-    `specialize_active_lora`."""
-    return (
-        active_buckets(lora.max_loras) if lora is not None and lora.specialize_active_lora else []
-    )
-
-
-def make_chooser(
-    attached: Attached, config: EngineConfig, facts: ModelFacts, device: torch.device
-) -> LoRAChooser | None:
-    """What chooses how steps shrink, from costs that are measured on a GPU; None without adapters."""
-    lora = config.lora
-    if lora is None or not (attached.sites or attached.experts):
-        return None
-    linears = [site for site in attached.sites if not isinstance(site, TowerLinear)]
-    sites = [site for site in linears if site.extends_product] or linears
-    buckets = row_buckets(sites[0].pool_rows) if sites and sites[0].extends_product else []
-    costs = load_costs(sites, lora, facts, measure=device.type == "cuda")
-    # One choice on all ranks: it decides what is captured, and so what meets in collectives.
-    return LoRAChooser(buckets, attached.group.share(costs, device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loramux.errors import InvalidField, PromptTooLong
-from loramux.types import PoolingParams, SamplingParams
+from loramux.types import AdapterRef, PoolingParams, SamplingParams
 
 
 def validate_request(
@@ -64,6 +64,21 @@ def validate_pooling(
             f"dimensions is {params.dimensions}, and the model has {hidden_size}",
             field="dimensions",
         )
+
+
+def vocabulary_of(acquired: Sequence[tuple[AdapterRef, float]], base: int) -> int:
+    """How many tokens the vocabulary of a request with these adapters has, `base` without them.
+
+    Raises InvalidField where several of them bring a vocabulary of their own."""
+    refs = {ref.digest: ref for ref, _ in acquired if ref.vocabulary_size}
+    own = [r for r in refs.values() if r.vocabulary_rows or r.vocabulary_size != base]
+    if len(own) > 1:
+        names = ", ".join(repr(ref.name) for ref in own)
+        raise InvalidField(
+            f"adapters {names} each have rows of the vocabulary of their own; one of a sum may",
+            field="lora",
+        )
+    return own[0].vocabulary_size if own else base
 
 
 def _check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:

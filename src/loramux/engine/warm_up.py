@@ -75,6 +75,17 @@ def warm_up(
     logger.info("warmed up in %.1f s", time.perf_counter() - start)
 
 
+def warm_up_adapters(
+    run: Run, limits: StepLimits, ranks: Mapping[int, int], buckets: Sequence[int]
+) -> None:
+    """The steps with adapters once more, whose kernels are others where these have gains and shifts."""
+    for tokens in sorted({limits.tokens, *TOKENS}, reverse=True) if ranks else ():
+        if tokens <= limits.tokens:
+            rows = with_members(step_rows(limits, tokens), ranks)
+            for choice in ways_to_shrink(rows, ranks, buckets, tokens):
+                run(rows, choice)
+
+
 def _run_step(
     run: Run,
     sampler: Sampler,

@@ -163,6 +163,9 @@ class WorkList:
     row_chunks: torch.Tensor | None = None
     """[T] int32: the chunk of each row, where every row is in one: in a `Routing`."""
 
+    affine: bool = False
+    """Whether any member may have gains and shifts: kernels without them are a little faster."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:

@@ -249,15 +249,18 @@ def gain_and_shift(lora, p, columns, own, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def with_delta(value, gain, delta):
+def with_delta(value, gain, delta, AFFINE: tl.constexpr):
     """The output `value` [ROWS, COLS] float32 with what `chunk_delta` or `tile_delta` found."""
-    return value + (value * gain[None, :] + delta)
+    if AFFINE:
+        delta = value * gain[None, :] + delta
+    return value + delta
 
 
 @triton.jit
 def chunk_delta(
     lora, chunk, rows, row_mask, low, columns, column_mask,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """The delta [ROWS, COLS] float32 of a chunk's `rows` at `columns`, which begin at `low`, by
     matrix products, and the gain [COLS] of the output before. What nobody owns may be NaN: it is not
@@ -274,7 +277,8 @@ def chunk_delta(
             own = column_mask & (columns >= begin) & (columns < end)
         p, column, scale, bound, affine = chunk[4], chunk[5], chunk[6], chunk[7], chunk[8]
         for member in range(chunk[2], chunk[3]):
-            gain, shift = gain_and_shift(lora, p, columns, own & affine, WIDTH)
+            if AFFINE:
+                gain, shift = gain_and_shift(lora, p, columns, own & affine, WIDTH)
             r, factor = rank_and_factor(lora, s, p, scale, bound)
             for k in range(0, bound, 16):
                 ranks = k + tl.arange(0, 16)
@@ -285,8 +289,9 @@ def chunk_delta(
                 left = tl.where((ranks < r)[None, :], left, 0.0)  # [ROWS, 16]
                 right = b_tile(lora, p, ranks, bound, r, columns, own, WIDTH)  # [16, COLS]
                 total += product(left, right) * factor
-            total += total * gain[None, :] + shift[None, :]
-            gains += gains * gain + gain
+            if AFFINE:
+                total += total * gain[None, :] + shift[None, :]
+                gains += gains * gain + gain
             p, column, scale, bound, affine = member_after(lora, p, member, chunk[3])
     return total, gains
 
@@ -306,7 +311,7 @@ def _h_tile(
 @triton.jit
 def tile_delta(
     lora, chunk, rows, live, s, columns, other_s, other_columns, column_mask,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """The deltas [ROWS, COLS] float32 of rows of a chunk at `columns`, which lie in slice `s`, and
     with `PAIR` at `other_columns` in slice `other_s`; and the gains [COLS] of the output before, at
@@ -323,8 +328,9 @@ def tile_delta(
     other_gains = gains
     p, column, scale, bound, affine = chunk[4], chunk[5], chunk[6], chunk[7], chunk[8]
     for member in range(chunk[2], chunk[3]):
-        gain, shift = gain_and_shift(lora, p, columns, column_mask & affine, WIDTH)
-        if PAIR:
+        if AFFINE:
+            gain, shift = gain_and_shift(lora, p, columns, column_mask & affine, WIDTH)
+        if AFFINE and PAIR:
             other_gain, other_shift = gain_and_shift(
                 lora, p, other_columns, column_mask & affine, WIDTH
             )  # fmt: skip
@@ -341,9 +347,10 @@ def tile_delta(
                 other_h = _h_tile(lora, rows, live, other_s, column, ranks, other_r, SLICES, PARTS)
                 other += product(tl.trans(other_b), tl.trans(other_h)) * other_factor
             one += product(tl.trans(b), tl.trans(h)) * factor
-        one += one * gain[:, None] + shift[:, None]
-        gains += gains * gain + gain
-        if PAIR:
+        if AFFINE:
+            one += one * gain[:, None] + shift[:, None]
+            gains += gains * gain + gain
+        if AFFINE and PAIR:
             other += other * other_gain[:, None] + other_shift[:, None]
             other_gains += other_gains * other_gain + other_gain
         p, column, scale, bound, affine = member_after(lora, p, member, chunk[3])
@@ -367,10 +374,11 @@ def tile_arguments() -> dict[str, Any]:
 def kernel_arguments(expand: Expand | None) -> dict[str, Any]:
     """What every kernel with a folded delta takes for it; without one, `lora` is None."""
     if expand is None:
-        return {"lora": None, "STARTS": (0,), "PARTS": 1}
+        return {"lora": None, "STARTS": (0,), "PARTS": 1, "AFFINE": False}
     site, h = expand.site, expand.h
     return {
         "lora": packed(site, h, expand.work),
         "STARTS": site.slice_starts,
         "PARTS": h.shape[0],
+        "AFFINE": expand.work.affine,
     }

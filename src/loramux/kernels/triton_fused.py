@@ -51,7 +51,8 @@ def _gate(left, right, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def _gated(
     gate, gate_stride, up, up_stride, out, count, lora,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (SIZE + COLS - 1) // COLS
@@ -79,14 +80,18 @@ def _gated(
         right = right.to(tl.float32)  # [ROWS, COLS]
         if lora is not None:
             delta, gain = chunk_delta(
-                lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, COLS
+                lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, AFFINE, ROWS, COLS
             )
-            left = rounded(with_delta(left, gain, delta), gate.dtype.element_ty).to(tl.float32)
+            left = rounded(with_delta(left, gain, delta, AFFINE), gate.dtype.element_ty).to(
+                tl.float32
+            )
             delta, gain = chunk_delta(
-                lora, chunk, rows, row_mask, SIZE + low, SIZE + columns, here, STARTS, PARTS,
+                lora, chunk, rows, row_mask, SIZE + low, SIZE + columns, here, STARTS, PARTS, AFFINE,
                 ROWS, COLS,
             )  # fmt: skip
-            right = rounded(with_delta(right, gain, delta), up.dtype.element_ty).to(tl.float32)
+            right = rounded(with_delta(right, gain, delta, AFFINE), up.dtype.element_ty).to(
+                tl.float32
+            )
         value = _gate(left, right, gate.dtype.element_ty, ACTIVATION)
         at = out + wide * SIZE + columns[None, :]
         tl.store(at, rounded(value, out.dtype.element_ty), mask=mask)
@@ -95,7 +100,8 @@ def _gated(
 @triton.jit
 def _gated_tiles(
     gate, gate_stride, up, up_stride, out, lora,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, COLS: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, SIZE: tl.constexpr,
+    COLS: tl.constexpr,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = SIZE // COLS
@@ -117,10 +123,22 @@ def _gated_tiles(
             left = tl.load(gate + wide * gate_stride + columns[None, :], mask=mask, other=0.0)
             right = tl.load(up + wide * up_stride + columns[None, :], mask=mask, other=0.0)
             one, other, gain, other_gain = tile_delta(
-                lora, chunk, rows, live, s, columns, t, SIZE + columns, here, STARTS, PARTS, True
+                lora,
+                chunk,
+                rows,
+                live,
+                s,
+                columns,
+                t,
+                SIZE + columns,
+                here,
+                STARTS,
+                PARTS,
+                AFFINE,
+                True,
             )
-            one = with_delta(left.to(tl.float32), gain, one)  # [ROWS, COLS]
-            other = with_delta(right.to(tl.float32), other_gain, other)  # [ROWS, COLS]
+            one = with_delta(left.to(tl.float32), gain, one, AFFINE)  # [ROWS, COLS]
+            other = with_delta(right.to(tl.float32), other_gain, other, AFFINE)  # [ROWS, COLS]
             one, other = rounded(one, dtype).to(tl.float32), rounded(other, dtype).to(tl.float32)
             value = _gate(one, other, dtype, ACTIVATION)
             tl.store(out + wide * SIZE + columns[None, :], rounded(value, dtype), mask=mask)

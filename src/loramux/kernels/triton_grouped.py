@@ -101,7 +101,7 @@ def _grouped(
     x, x_stride, x_step, weight, expert_stride, w_stride, w_step, ends, out, count, lora, row_chunks,
     EXPERTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BY_ROW: tl.constexpr,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     if BY_ROW:
@@ -137,7 +137,18 @@ def _grouped(
                 chunk = chunk_of(lora, index)
                 own = (rows >= chunk[0]) & (rows < chunk[1])
                 total += chunk_delta(  # experts have no gains
-                    lora, chunk, rows, own, low, columns, columns < WIDTH, STARTS, PARTS, ROWS, COLS
+                    lora,
+                    chunk,
+                    rows,
+                    own,
+                    low,
+                    columns,
+                    columns < WIDTH,
+                    STARTS,
+                    PARTS,
+                    False,
+                    ROWS,
+                    COLS,
                 )[0]
         at = out + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         mask = (rows < end)[:, None] & (columns < WIDTH)[None, :]

@@ -32,7 +32,8 @@ from loramux.kernels.triton_launch import early, wait
 @triton.jit
 def _expand(
     y, y_stride, lora,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = STARTS[len(STARTS) - 1]
@@ -52,15 +53,27 @@ def _expand(
         mask = row_mask[:, None] & column_mask[None, :]
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
         delta, gain = chunk_delta(
-            lora, chunk, rows, row_mask, low, columns, column_mask, STARTS, PARTS, ROWS, COLS
+            lora,
+            chunk,
+            rows,
+            row_mask,
+            low,
+            columns,
+            column_mask,
+            STARTS,
+            PARTS,
+            AFFINE,
+            ROWS,
+            COLS,
         )
-        value = with_delta(value, gain, delta)
+        value = with_delta(value, gain, delta, AFFINE)
         tl.store(at, rounded(value, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _expand_tiles(
-    y, y_stride, lora, STARTS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
+    y, y_stride, lora,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, COLS: tl.constexpr,
     ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = STARTS[len(STARTS) - 1]
@@ -81,9 +94,21 @@ def _expand_tiles(
                 at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
                 value = tl.load(at, mask=live[:, None], other=0.0)  # [ROWS, COLS]
                 delta, _, gain, _ = tile_delta(
-                    lora, chunk, rows, live, s, columns, s, columns, here, STARTS, PARTS, False
+                    lora,
+                    chunk,
+                    rows,
+                    live,
+                    s,
+                    columns,
+                    s,
+                    columns,
+                    here,
+                    STARTS,
+                    PARTS,
+                    AFFINE,
+                    False,
                 )
-                total = with_delta(value.to(tl.float32), gain, delta)
+                total = with_delta(value.to(tl.float32), gain, delta, AFFINE)
                 tl.store(at, rounded(total, y.dtype.element_ty), mask=live[:, None])
         item += tl.num_programs(0)
 
@@ -95,7 +120,7 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     width = tile_columns(expand)
     if width:
         _expand_tiles[tile_programs(expand, y.shape[1] // width)](
-            *(y, y.stride(0), lora, site.slice_starts, parts, width),
+            *(y, y.stride(0), lora, site.slice_starts, parts, work.affine, width),
             **tile_arguments(),
             **early(y.device),
         )
@@ -108,6 +133,7 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
         lora,
         site.slice_starts,
         parts,
+        work.affine,
         rows,
         COLUMNS,
         **early(y.device),

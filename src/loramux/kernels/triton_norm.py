@@ -161,7 +161,8 @@ def _norm_tiles(
 @triton.jit
 def _add_norm_tiles(
     x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps, lora,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, TILES: tl.constexpr,
+    SIZE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """For many rows: `TILES` tiles a chunk, so that one load of b serves `ROWS` rows.
@@ -183,9 +184,21 @@ def _add_norm_tiles(
             at = x + rows[:, None] * x_stride + columns[None, :]
             value = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, COLS]
             delta, _, gain, _ = tile_delta(
-                lora, chunk, rows, row_mask, 0, columns, 0, columns, here, STARTS, PARTS, False
+                lora,
+                chunk,
+                rows,
+                row_mask,
+                0,
+                columns,
+                0,
+                columns,
+                here,
+                STARTS,
+                PARTS,
+                AFFINE,
+                False,
             )
-            value = with_delta(value, gain, delta)
+            value = with_delta(value, gain, delta, AFFINE)
             value = rounded(value, residual.dtype.element_ty)
             if post_weight is None:
                 before = residual + rows[:, None] * residual_stride + columns[None, :]

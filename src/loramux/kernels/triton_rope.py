@@ -39,7 +39,8 @@ ROWS = 16
 @triton.jit
 def _part(
     qkv, qkv_stride, lora, chunk, rows, row_mask, low,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Columns low..low+SIZE-1 of `rows`, the delta added: [ROWS, BLOCK] float32, zeros behind."""
@@ -50,9 +51,9 @@ def _part(
     value = tl.load(at, mask=row_mask[:, None] & here[None, :], other=0.0).to(tl.float32)
     if lora is not None:
         delta, gain = chunk_delta(
-            lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, ROWS, BLOCK
+            lora, chunk, rows, row_mask, low, columns, here, STARTS, PARTS, AFFINE, ROWS, BLOCK
         )
-        value = with_delta(value, gain, delta)
+        value = with_delta(value, gain, delta, AFFINE)
         value = rounded(value, qkv.dtype.element_ty).to(tl.float32)
     return value
 
@@ -60,7 +61,7 @@ def _part(
 @triton.jit(do_not_specialize=["count"])
 def _rope_kv(
     qkv, qkv_stride, k_cache, v_cache, heads, count, lora, STARTS: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, AFFINE: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, EARLY: tl.constexpr,
@@ -88,17 +89,17 @@ def _rope_kv(
         angles = angles_at(heads, position, live, HALF, HALF_BLOCK)
         low = _part(
             qkv, qkv_stride, lora, chunk, rows, live, head * D,
-            STARTS, PARTS, ROWS, HALF, HALF_BLOCK,
+            STARTS, PARTS, AFFINE, ROWS, HALF, HALF_BLOCK,
         )  # fmt: skip
         high = _part(
             qkv, qkv_stride, lora, chunk, rows, live, head * D + HALF,
-            STARTS, PARTS, ROWS, HALF, HALF_BLOCK,
+            STARTS, PARTS, AFFINE, ROWS, HALF, HALF_BLOCK,
         )  # fmt: skip
         rest = tl.zeros((ROWS, REST_BLOCK), tl.float32)
         if D > 2 * HALF:
             rest = _part(
                 qkv, qkv_stride, lora, chunk, rows, live, head * D + 2 * HALF,
-                STARTS, PARTS, ROWS, D - 2 * HALF, REST_BLOCK,
+                STARTS, PARTS, AFFINE, ROWS, D - 2 * HALF, REST_BLOCK,
             )  # fmt: skip
         finish_head(
             low, high, rest, head, rows, live, angles, slot, heads, k_cache, v_cache, HEADS,
@@ -117,15 +118,18 @@ def _loaded(
 
 
 @triton.jit
-def _whole(value, gain, delta):
+def _whole(value, gain, delta, AFFINE: tl.constexpr):
     """A part and its delta, rounded: [ROWS, BLOCK] float32."""
-    return rounded(with_delta(value.to(tl.float32), gain, delta), value.dtype).to(tl.float32)
+    return rounded(with_delta(value.to(tl.float32), gain, delta, AFFINE), value.dtype).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def _tile_of_head(
     qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, head, s,
-    STARTS: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -142,18 +146,33 @@ def _tile_of_head(
     inside = tl.arange(0, HALF_BLOCK)
     low_delta, high_delta, low_gain, high_gain = tile_delta(
         lora, chunk, rows, live, s, at + inside, s, at + HALF + inside, inside < HALF, STARTS,
-        PARTS, True,
+        PARTS, AFFINE, True,
     )  # fmt: skip
-    low, high = _whole(low, low_gain, low_delta), _whole(high, high_gain, high_delta)
+    low, high = (
+        _whole(low, low_gain, low_delta, AFFINE),
+        _whole(high, high_gain, high_delta, AFFINE),
+    )
     rest = tl.zeros((rows.shape[0], REST_BLOCK), tl.float32)
     if REST > 0:
         rest = _loaded(qkv, qkv_stride, rows, live, at + 2 * HALF, REST, REST_BLOCK)
         inside = tl.arange(0, REST_BLOCK)
         columns = at + 2 * HALF + inside
         delta, _, gain, _ = tile_delta(
-            lora, chunk, rows, live, s, columns, s, columns, inside < REST, STARTS, PARTS, False
+            lora,
+            chunk,
+            rows,
+            live,
+            s,
+            columns,
+            s,
+            columns,
+            inside < REST,
+            STARTS,
+            PARTS,
+            AFFINE,
+            False,
         )
-        rest = _whole(rest, gain, delta)
+        rest = _whole(rest, gain, delta, AFFINE)
     finish_head(
         low, high, rest, head, rows, live, angles, slot, heads, k_cache, v_cache, HEADS,
         KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE, qkv.dtype.element_ty,
@@ -162,7 +181,8 @@ def _tile_of_head(
 
 @triton.jit
 def _rope_kv_tiles(
-    qkv, qkv_stride, k_cache, v_cache, heads, lora, STARTS: tl.constexpr, PARTS: tl.constexpr,
+    qkv, qkv_stride, k_cache, v_cache, heads, lora,
+    STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     MODE: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
@@ -179,7 +199,7 @@ def _rope_kv_tiles(
             rows = first + tl.arange(0, ROWS)
             _tile_of_head(
                 qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, head, s, STARTS,
-                PARTS, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
+                PARTS, AFFINE, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
             )  # fmt: skip
         item += tl.num_programs(0)
 

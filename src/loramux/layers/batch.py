@@ -72,6 +72,26 @@ class UniformLoRA:
     """Those of its pool rows whose adapters have gains and shifts."""
 
 
+@dataclass(frozen=True, slots=True)
+class VocabularyRun:
+    """Neighbouring tokens of a composition that changes the vocabulary: which `tokens` of the step they
+    are, which rows of its logits, how many tokens their vocabulary has, and their `members` as a step's
+    rows have them."""
+
+    tokens: slice
+    kept: slice
+    size: int
+    members: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyStep:
+    """The runs of a step that change the vocabulary, and how many columns its logits have."""
+
+    runs: tuple[VocabularyRun, ...]
+    size: int
+
+
 @dataclass(slots=True)
 class StepBatch:
     """The step that runs now; all fields are None between steps.
@@ -79,7 +99,8 @@ class StepBatch:
     `slots` [T] (int64 on a CPU, int32 on a GPU) says where each token's K and V go (block *
     block_size + offset; -1: nowhere), `positions` [T] int32 where it stands in its sequence,
     `attention` which rows see which blocks. Which tokens take which adapters is in `segments` on a
-    CPU and in `lora` on a GPU (None: no adapter).
+    CPU and in `lora` on a GPU (None: no adapter), and what adapters change of embeddings and logits
+    in `vocabulary`.
     """
 
     slots: torch.Tensor | None = None
@@ -87,6 +108,8 @@ class StepBatch:
     attention: AttentionBatch | None = None
     segments: Segments | None = None
     lora: LoRAStep | None = None
+    vocabulary: VocabularyStep | None = None
 
     def clear(self) -> None:
         self.slots = self.positions = self.attention = self.segments = self.lora = None
+        self.vocabulary = None

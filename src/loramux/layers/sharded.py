@@ -245,17 +245,20 @@ def deal_out(work: WorkList, deal: int) -> WorkList:
         member_rows=work.member_rows // deal,
         member_columns=work.member_columns // deal,
         member_ranks=(work.member_ranks % AFFINE + deal - 1) // deal,
+        affine=False,
     )
 
 
-def parted(work: WorkList) -> tuple[WorkList, WorkList]:
-    """`work` without gains and shifts, and with nothing else."""
+def parted(work: WorkList) -> tuple[WorkList, WorkList | None]:
+    """`work` without gains and shifts, and with nothing else, if there may be any."""
+    if not work.affine:
+        return work, None
     deltas, affine = work.chunks.clone(), work.chunks.clone()  # [C, 8] each
     deltas[:, 7] %= AFFINE
     affine[:, 7] -= deltas[:, 7]
     ranks = work.member_ranks % AFFINE  # [M]
     return (
-        replace(work, chunks=deltas, member_ranks=ranks),
+        replace(work, chunks=deltas, member_ranks=ranks, affine=False),
         replace(work, chunks=affine, member_ranks=work.member_ranks - ranks),
     )
 

@@ -172,6 +172,7 @@ def lora_step(found: Sequence[Piece], device: torch.device) -> LoRAStep:
         member_ranks=_ints(ranks).to(device),  # [M]
         rows_per_chunk=CHUNK,
         max_chunks=len(plain) + len(adapted),
+        affine=any(r >= AFFINE for r in ranks),
     )
     widest = max(sum(lora.ranks) for lora, _, _ in found if lora is not None)
     return LoRAStep(work, base_rows=0, width=widest)

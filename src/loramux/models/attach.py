@@ -9,7 +9,7 @@ do not have, so such a model is refused by name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +40,7 @@ from loramux.models.norms import fuse_norms
 from loramux.models.shards import Shards
 from loramux.models.tower_attention import attend_in_segments
 from loramux.models.towers import Towers
+from loramux.models.vocabulary import find_vocabulary, lora_refusals
 from loramux.parallel import ALONE, Group
 from loramux.schema import ModelSchema, ModuleSpec
 
@@ -327,7 +328,7 @@ def _build_schema(
             merged, index = attached.names[name]
             if module is output:
                 attached.head = merged
-                refused[name] = "LoRA on the output head is not served yet"
+                refused[name] = "LoRA on this output head is not served"
             elif lora is not None and not _is_target(name, lora.target_modules):
                 refused[name] = LEFT_OUT
             else:
@@ -340,7 +341,7 @@ def _build_schema(
                     transposed=name in attached.transposed,
                 )
         elif isinstance(module, nn.Embedding):
-            refused[name] = "LoRA on embeddings is not served yet"
+            refused[name] = "LoRA on an embedding other than the model's own is not served"
         elif type(module) is nn.Linear and is_in(name, outside):
             refused[name] = TOWERS_OFF
         elif isinstance(module, nn.Linear):
@@ -359,10 +360,17 @@ def _build_schema(
         modules |= kept
         attached.experts.append(one.experts)
         experts[one.name] = replace(one.spec, aliases=tuple(aliases_of(model, one.name)))
-    _check_targets_exist(lora, modules)
-    names = modules | refused
+    vocabulary = find_vocabulary(model)
+    parts = () if vocabulary is None else vocabulary.modules
+    targets = None if lora is None else lora.target_modules
+    left_out = {name: LEFT_OUT for name in parts if not _is_target(name, targets)}
+    for name in parts:
+        refused.pop(name, None)
+    _check_targets_exist(lora, [*modules, *parts])
+    refused |= lora_refusals(vocabulary, lora, left_out)
+    names = [*modules, *refused, *parts]
     if attached.language is None:
-        aliases = {alias: name for name in modules for alias in aliases_of(model, name)}
+        aliases = {a: name for name in (*modules, *parts) for a in aliases_of(model, name)}
     else:
         aliases = old_names(model, names)
     attached.schema = ModelSchema(
@@ -371,6 +379,7 @@ def _build_schema(
         hidden_size=int(model.config.get_text_config().hidden_size),
         labels=labels_of(getattr(model.config, "id2label", None)),
         vocab_size=int(model.config.get_text_config().vocab_size),
+        vocabulary=vocabulary,
     )
 
 
@@ -385,7 +394,7 @@ def _is_target(name: str, targets: list[str] | None) -> bool:
     return targets is None or any(name == t or name.endswith(f".{t}") for t in targets)
 
 
-def _check_targets_exist(lora: LoRAConfig | None, modules: dict[str, ModuleSpec]) -> None:
+def _check_targets_exist(lora: LoRAConfig | None, modules: Collection[str]) -> None:
     """A target that matches nothing would silently do nothing: refuse it."""
     if lora is None or lora.target_modules is None:
         return

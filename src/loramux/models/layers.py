@@ -173,9 +173,19 @@ class FusedDecoder:
 
         `out` [B, V] takes the logits, and is what is returned. The vectors of `overlay` are as the
         towers make them: models that scale embeddings do so in `embedding`, before."""
-        residual = self.embedding(ids)  # [T, D]
+        # Held here, the embeddings would stay in memory beside the largest tensors of a layer.
+        x = self.body(self._embed(ids, overlay), overlay)  # [T, D]
+        return self.logits(x if keep is None else x[keep], out)  # [B, V]
+
+    def _embed(self, ids: torch.Tensor, overlay: Overlay | None) -> torch.Tensor:
+        """[T] -> [T, D], with the vectors of media in their places."""
+        residual: torch.Tensor = self.embedding(ids)  # [T, D]
         if overlay is not None:
             residual[overlay.rows] = overlay.vectors[0].to(residual.dtype)  # [M, D]
+        return residual
+
+    def body(self, residual: torch.Tensor, overlay: Overlay | None = None) -> torch.Tensor:
+        """Embeddings [T, D], which are not kept, -> final hidden states [T, D]."""
         deep = 0 if overlay is None else len(overlay.vectors) - 1
         first = self.layers[0].before_attention
         x = rms_norm(residual, first.weight, first.eps, first.mode)  # [T, D]
@@ -187,7 +197,11 @@ class FusedDecoder:
                 _add_behind(x, residual, following, overlay.rows, overlay.vectors[1 + i])
         if self.tap is not None:
             self.tap(x)
-        logits = _head(self.head, x if keep is None else x[keep], out)  # [B, V]
+        return x
+
+    def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states x [B, D] -> [B, V], in `out` if that is given."""
+        logits = _head(self.head, x, out)  # [B, V]
         if self.softcap:  # in place: logits of many rows are large
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits

@@ -19,17 +19,8 @@ from loramux.errors import (
     LoramuxError,
 )
 from loramux.replicas.catalog import Entry, State
-from loramux.types import (
-    AdapterEvent,
-    AdapterRef,
-    AdapterStatus,
-    AdapterUse,
-    Delta,
-    MediaPrompt,
-    PoolingParams,
-    SamplingParams,
-    Unloaded,
-)
+from loramux.status import AdapterEvent, AdapterStatus, Unloaded
+from loramux.types import AdapterRef, AdapterUse, Delta, MediaPrompt, PoolingParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 

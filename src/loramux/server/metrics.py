@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from loramux.errors import QuotaReached
-from loramux.types import AdapterRef, AdapterStatus, AdapterUse, Delta, EngineStats
+from loramux.status import AdapterStatus, EngineStats
+from loramux.types import AdapterRef, AdapterUse, Delta
 
 if TYPE_CHECKING:  # importing the engine for real would import torch
     from loramux.engine.service import AsyncEngine

@@ -14,7 +14,7 @@ from loramux.server.access import Access, Caller
 from loramux.server.encoding import ReplyJSON
 from loramux.server.sse import EventStream, event
 from loramux.server.state import ServerState, State
-from loramux.types import AdapterEvent, AdapterStatus
+from loramux.status import AdapterEvent, AdapterStatus
 
 router = APIRouter()
 
