@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.progress import Progress
@@ -29,19 +30,21 @@ from loramux.engine.pooling_outputs import ClassificationRequestOutput, Embeddin
 from loramux.engine.resolving import load_first, resolver_of
 from loramux.errors import ConfigError, InvalidField, LoramuxError
 from loramux.offline_arguments import (
+    Asked,
     Encoded,
     LoRA,
     LoRARequest,
     Params,
     Prompt,
+    Uses,
     loras_of,
     params_of,
     prompts_of,
     tokens_of,
+    uses_of,
 )
-from loramux.offline_media import OfflineMedia
+from loramux.offline_media import Media, OfflineMedia, modalities_of
 from loramux.types import (
-    AdapterUse,
     Delta,
     MediaPrompt,
     PoolingOutput,
@@ -118,8 +121,11 @@ class LLM:
     def config(self) -> EngineConfig:
         return self.engine.config
 
-    def get_tokenizer(self) -> Any:
-        return self.engine.text.tokenizer
+    def get_tokenizer(self, lora_request: LoRA = None) -> Any:
+        """The tokenizer of prompts with these adapters, the base model's unless one brings its own."""
+        (composition,) = loras_of(lora_request, 1)
+        self._register(composition or [])
+        return self.engine.text_of(uses_of(composition or [])).tokenizer
 
     def generate(
         self,
@@ -137,9 +143,8 @@ class LLM:
         model; None is the default adapters of the prompt's media, if any. Returns one RequestOutput a
         prompt, in order. Raises InvalidField, AdapterRejected and their like before anything runs.
         """
-        listed = prompts_of(prompts)
-        encoded = [self._encode(prompt) for prompt in listed]
-        return self._run(encoded, sampling_params, lora_request, use_tqdm)
+        asked = [self._asked(prompt) for prompt in prompts_of(prompts)]
+        return self._run(asked, sampling_params, lora_request, use_tqdm)
 
     def chat(
         self,
@@ -162,16 +167,12 @@ class LLM:
             "tools": tools,
             "template_kwargs": chat_template_kwargs,
         }
-        encoded: list[Encoded] = []
+        asked = []
         for conversation in conversations:
             turns, media = self._media.of_messages(conversation)
-            prompt: list[int] | MediaPrompt
-            if self.engine.media.modalities:
-                prompt = self.engine.media.render_chat(turns, media, **how)
-            else:
-                prompt = self.engine.text.render_chat(turns, **how)
-            encoded.append((self.engine.text.decode(tokens_of(prompt)), prompt))
-        return self._run(encoded, sampling_params, lora_request, use_tqdm)
+            render = partial(self._render, turns, media, how)
+            asked.append(Asked(render, modalities_of(media)))
+        return self._run(asked, sampling_params, lora_request, use_tqdm)
 
     def embed(
         self,
@@ -216,20 +217,38 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> Encoded:
+    def _asked(self, prompt: Prompt) -> Asked:
         if isinstance(prompt, str):
-            return prompt, self.engine.text.encode(prompt)
-        if isinstance(prompt, Mapping):
-            known = {"prompt", "prompt_token_ids", "multi_modal_data"}
-            if extra := set(prompt) - known:
-                raise InvalidField(f"a prompt cannot have {sorted(extra)}", field="prompt")
-            if media := self._media.of_data(prompt.get("multi_modal_data") or {}):
-                given = prompt["prompt_token_ids" if "prompt_token_ids" in prompt else "prompt"]
-                return prompt.get("prompt"), self.engine.media.prepare(given, media)
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            return prompt["prompt"], self.engine.text.encode(prompt["prompt"])
-        return None, list(prompt)
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping):
+            return Asked(lambda _, tokens=list(prompt): (None, tokens))  # type: ignore[misc]
+        known = {"prompt", "prompt_token_ids", "multi_modal_data"}
+        if extra := set(prompt) - known:
+            raise InvalidField(f"a prompt cannot have {sorted(extra)}", field="prompt")
+        media = self._media.of_data(prompt.get("multi_modal_data") or {})
+        given = prompt["prompt_token_ids" if "prompt_token_ids" in prompt else "prompt"]
+        encode = partial(self._encode, prompt.get("prompt"), given, media)
+        return Asked(encode, modalities_of(media))
+
+    def _encode(
+        self, text: str | None, given: str | Sequence[int], media: list[Media], uses: Uses
+    ) -> Encoded:
+        if media:
+            return text, self.engine.media_of(uses).prepare(given, media)
+        if isinstance(given, str):
+            return text, self.engine.text_of(uses).encode(given)
+        return text, list(given)
+
+    def _render(
+        self, turns: list[dict[str, Any]], media: list[Media], how: dict[str, Any], uses: Uses
+    ) -> Encoded:
+        prompt: list[int] | MediaPrompt
+        text = self.engine.text_of(uses)
+        if self.engine.media.modalities:
+            prompt = self.engine.media_of(uses).render_chat(turns, media, **how)
+        else:
+            prompt = text.render_chat(turns, **how)
+        return text.decode(tokens_of(prompt)), prompt
 
     def _pool(
         self,
@@ -242,24 +261,25 @@ class LLM:
         tasks = {one.task for one in ([params] if isinstance(params, PoolingParams) else params)}
         if tasks - {task}:
             raise InvalidField(f"the task of pooling_params must be {task!r}", field="task")
-        encoded = [self._encode(prompt) for prompt in prompts_of(prompts)]
-        return self._run(encoded, params, lora_request, use_tqdm)
+        asked = [self._asked(prompt) for prompt in prompts_of(prompts)]
+        return self._run(asked, params, lora_request, use_tqdm)
 
     def _run(
         self,
-        encoded: list[Encoded],
+        asked: list[Asked],
         given: Params | Sequence[Params] | None,
         lora_request: LoRA | Sequence[LoRA],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = params_of(given, len(encoded))
+        params = params_of(given, len(asked))
         loras = [
-            self._by_default(prompt) if asked is None else asked
-            for (_, prompt), asked in zip(
-                encoded, loras_of(lora_request, len(encoded)), strict=True
-            )
+            self._by_default(one.modalities) if named is None else named
+            for one, named in zip(asked, loras_of(lora_request, len(asked)), strict=True)
         ]
         self._register([lora for composition in loras for lora in composition])
+        encoded = [
+            one.encode(uses_of(composition)) for one, composition in zip(asked, loras, strict=True)
+        ]
         outputs: dict[str, RequestOutput] = {}
         errors: list[LoramuxError] = []
         try:
@@ -291,7 +311,7 @@ class LLM:
                 params, max_tokens=left, min_tokens=min(params.min_tokens, left)
             )
         request_id = str(next(self._ids))
-        uses = [AdapterUse(lora.lora_name, lora.scale) for lora in composition]
+        uses = uses_of(composition)
         versions = self.engine.submit(request_id, prompt, params, uses)
         idle = not_invoked(versions, ids)
         names = [use.name for use, ref in zip(uses, versions, strict=True) if ref in idle]
@@ -333,10 +353,9 @@ class LLM:
             self.engine.add_adapter(name, path)
         return {name: LoRARequest(name, ids[name], path) for name, path in sources}
 
-    def _by_default(self, prompt: list[int] | MediaPrompt) -> list[LoRARequest]:
-        """The adapters of a prompt for which none was named."""
-        items = prompt.items if isinstance(prompt, MediaPrompt) else ()
-        chosen = choose_adapters(self.config.lora, {item.modality for item in items})
+    def _by_default(self, modalities: frozenset[str]) -> list[LoRARequest]:
+        """The adapters of a prompt with such media for which none was named."""
+        chosen = choose_adapters(self.config.lora, modalities)
         return [self._defaults[use.name] for use in chosen]
 
     def _register(self, loras: Sequence[LoRARequest]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from loramux.errors import InvalidField
-from loramux.types import MediaPrompt, PoolingParams, SamplingParams
+from loramux.types import AdapterUse, MediaPrompt, PoolingParams, SamplingParams
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Encoded = tuple[str | None, list[int] | MediaPrompt]  # the text, where there is one, and what runs
+Uses = Sequence[AdapterUse]
 Params = SamplingParams | PoolingParams
 Entry = TypeVar("Entry")
 
@@ -28,6 +29,15 @@ class LoRARequest:
     lora_path: str = ""
     scale: float = 1.0
     load_inplace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt that is not tokenized yet: its adapters decide how. `modalities` are those of its media,
+    and choose its adapters where none is named."""
+
+    encode: Callable[[Uses], Encoded]
+    modalities: frozenset[str] = frozenset()
 
 
 LoRA = LoRARequest | Sequence[LoRARequest] | None
@@ -53,6 +63,11 @@ def params_of(given: Params | Sequence[Params] | None, count: int) -> Sequence[P
 def tokens_of(prompt: list[int] | MediaPrompt) -> list[int]:
     """The tokens of what runs."""
     return list(prompt.token_ids) if isinstance(prompt, MediaPrompt) else prompt
+
+
+def uses_of(composition: Sequence[LoRARequest]) -> list[AdapterUse]:
+    """The adapters of a prompt as the engine has them."""
+    return [AdapterUse(lora.lora_name, lora.scale) for lora in composition]
 
 
 def loras_of(given: LoRA | Sequence[LoRA], count: int) -> list[Sequence[LoRARequest] | None]:

@@ -112,6 +112,12 @@ class OfflineMedia:
         return video_in_memory([self._image(frame) for frame in item])
 
 
+def modalities_of(media: Sequence[Media]) -> frozenset[str]:
+    """Of which there is at least one."""
+    names = {Image: "image", Audio: "audio", Video: "video"}
+    return frozenset(names[type(item)] for item in media)
+
+
 def _reference(item: Any) -> str | None:
     """The URL or path, if it is one."""
     return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None

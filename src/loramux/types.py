@@ -44,7 +44,8 @@ class AdapterRef:
     activated LoRA, which applies from their last occurrence in a prompt on; () applies everywhere.
     `affine` says that it scales or shifts outputs of layers, as DoRA and trained biases do.
     `vocabulary_size` counts the tokens of an adapter that changes the embedding or the output head, by
-    `vocabulary_rows` rows of its own and by LoRA; 0: it changes neither.
+    `vocabulary_rows` rows of its own and by LoRA; 0: it changes neither. `tokenizer` is equal for
+    adapters with the same tokenizer and chat template of their own; "": the base model's.
     """
 
     name: str
@@ -58,14 +59,17 @@ class AdapterRef:
     invocation: tuple[int, ...] = ()
     vocabulary_size: int = 0
     vocabulary_rows: int = 0
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """What a request asks for: an adapter by name, and how strongly it applies."""
+    """What a request asks for: an adapter by name, and how strongly it applies. `version` is the digest
+    of a version that the caller holds (`Registry.hold`); "": the one that the name has now."""
 
     name: str
     scale: float = 1.0
+    version: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -310,7 +314,8 @@ class Request:
     """A request whose prompt is tokens and whose adapters are versions, ready for the scheduler.
 
     `starts` says of each of `adapters` from which prompt token on it applies, None: nowhere; () of all:
-    from the first on.
+    from the first on. `text` is the tokenizer and chat template (`models.text.TextProcessor`) that its
+    adapters bring; None: the base model's.
     """
 
     request_id: str
@@ -322,3 +327,4 @@ class Request:
     pooling: PoolingParams | None = None  # None: tokens are generated
     starts: tuple[int | None, ...] = ()
     tenants: tuple[str, ...] = ()  # names of its adapters as asked for, sorted, each once
+    text: Any = field(default=None, repr=False, compare=False)

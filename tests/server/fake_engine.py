@@ -18,6 +18,7 @@ from typing import Any
 
 from loramux.config import EngineConfig, LoRAConfig, MediaConfig
 from loramux.engine.default_adapters import default_sources
+from loramux.engine.hold import Hold
 from loramux.errors import (
     AdapterConflict,
     AdapterExists,
@@ -117,13 +118,19 @@ class FakeEngine:
         self.failure = cause
         self._ended = True
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def hold(self, adapters: Sequence[AdapterUse]) -> Hold:
+        return Hold(None, adapters)
+
+    async def tokenize(
+        self, text: str, adapters: Sequence[AdapterUse] = (), *, add_special_tokens: bool = True
+    ) -> list[int]:
         tokens = [ord(character) for character in text]
         return [SPECIAL, *tokens] if add_special_tokens else tokens
 
     async def render_chat(
         self,
         messages: list[dict[str, Any]],
+        adapters: Sequence[AdapterUse] = (),
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -141,6 +148,7 @@ class FakeEngine:
         self,
         messages: list[dict[str, Any]],
         media: Sequence[Image | Audio | Video],
+        adapters: Sequence[AdapterUse] = (),
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -164,8 +172,8 @@ class FakeEngine:
         tokens += map(ord, str(template_kwargs) if template_kwargs else "")
         return MediaPrompt(tuple(tokens), tuple(items))
 
-    def decode_token(self, token_id: int) -> str:
-        return chr(token_id)
+    def decoder(self, adapters: Sequence[AdapterUse] = ()) -> Callable[[int], str]:
+        return chr
 
     async def generate(
         self,

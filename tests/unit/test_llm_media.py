@@ -77,9 +77,9 @@ def watched(llm: LLM) -> Submitted:
     submitted: Submitted = []
     submit = llm.engine.submit
 
-    def note(request_id: str, prompt: Any, params: SamplingParams, uses: Any) -> None:
+    def note(request_id: str, prompt: Any, params: SamplingParams, uses: Any) -> Any:
         submitted.append((prompt, list(uses)))
-        submit(request_id, getattr(prompt, "token_ids", prompt), params, uses)
+        return submit(request_id, getattr(prompt, "token_ids", prompt), params, uses)
 
     llm.engine.submit = note  # type: ignore[method-assign]
     return submitted

@@ -40,6 +40,7 @@ DEFAULTS = {
     "adapter_fetch_timeout_s": 300.0,
     "max_adapter_download_bytes": 8 << 30,
     "verify_adapters": False,
+    "lora_tokenizers": "auto",
 }
 CHANGED = {
     "max_lora_rank": 17,
@@ -67,6 +68,7 @@ CHANGED = {
     "adapter_fetch_timeout_s": 3.0,
     "max_adapter_download_bytes": 4,
     "verify_adapters": True,
+    "lora_tokenizers": "base",
 }
 FACTS = ModelFacts("bfloat16", "cpu", 512, 1024, 1 << 30)
 

@@ -24,8 +24,14 @@ from pathlib import Path
 
 from loramux.adapters.fsspec_files import FsspecFiles
 from loramux.adapters.hub_files import HubFiles, is_offline
-from loramux.adapters.peft_config import MAX_CONFIG_BYTES
-from loramux.adapters.remote_files import CHUNK_BYTES, FileStamp, RemoteFiles
+from loramux.adapters.remote_files import (
+    CHUNK_BYTES,
+    OPTIONAL_FILES,
+    TOKENIZER_FILES,
+    FileStamp,
+    RemoteFiles,
+    most_bytes,
+)
 from loramux.adapters.sources import HubRepository, LocalFolder, RemoteFolder, parse_source
 from loramux.errors import Forbidden, SourceUnavailable
 
@@ -64,8 +70,10 @@ def adapter_cache() -> Path:
 class Downloads:
     """Fetches sources; safe to call from any thread, and beside other processes."""
 
-    def __init__(self, max_bytes: int, timeout_s: float):
-        """`max_bytes` of all files of one adapter, `timeout_s` for all of them."""
+    def __init__(self, max_bytes: int, timeout_s: float, *, tokenizers: bool = False):
+        """`max_bytes` of all files of one adapter, `timeout_s` for all of them. With `tokenizers`, an
+        adapter's own tokenizer and chat template come along."""
+        self._optional = (*OPTIONAL_FILES, *(TOKENIZER_FILES if tokenizers else ()))
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._closed = threading.Event()
@@ -85,7 +93,7 @@ class Downloads:
         source = parse_source(text)
         if isinstance(source, LocalFolder):
             return Fetched(source.path, str(source.path))
-        key = hashlib.sha256(str(source).encode()).hexdigest()
+        key = self._key(source)
         with self._locks[int(key[:8], 16) % STRIPES]:
             try:
                 return self._fetch_remote(source, key)
@@ -103,7 +111,9 @@ class Downloads:
         if not may_ask and (known := cache.find(key, None)) is not None:
             return known
         files: RemoteFiles = (
-            HubFiles(source) if isinstance(source, HubRepository) else FsspecFiles(source)
+            HubFiles(source, self._optional)
+            if isinstance(source, HubRepository)
+            else FsspecFiles(source, self._optional)
         )
         for _ in range(2):  # what is replaced while it is read is read once more
             stamps = files.stamps()
@@ -118,8 +128,7 @@ class Downloads:
                 if files.may_change and files.stamps() != stamps:
                     continue
                 digest = cache.keep(folder, kept)
-            keys = {key, hashlib.sha256(files.origin.encode()).hexdigest()}
-            for each in keys:
+            for each in {key, self._key(files.origin)}:
                 cache.remember(each, files.origin, digest, stamps, kept)
             return Fetched(cache.content(digest), files.origin)
         raise SourceUnavailable(
@@ -128,15 +137,21 @@ class Downloads:
             remedy="write a new version into a new folder",
         )
 
+    def _key(self, source: object) -> str:
+        """What is known of a source without its tokenizer says nothing of it with that."""
+        more = "" if self._optional == OPTIONAL_FILES else " with its tokenizer"
+        return hashlib.sha256(f"{source}{more}".encode()).hexdigest()
+
     def _check_sizes(self, source: object, stamps: Mapping[str, FileStamp]) -> None:
         """Refuse what is too large, or has no room here, before a byte is read."""
         total = sum(stamp.size for stamp in stamps.values())
         if total > self._max_bytes:
             raise self._too_large(source, f"has {total} bytes")
         for name, stamp in stamps.items():
-            if name.endswith(".json") and stamp.size > MAX_CONFIG_BYTES:
+            most = most_bytes(name)
+            if most is not None and stamp.size > most:
                 raise Forbidden(
-                    f"{name} of {source} is larger than {MAX_CONFIG_BYTES} bytes", field="lora_path"
+                    f"{name} of {source} is larger than {most} bytes", field="lora_path"
                 )
         root = adapter_cache()
         root.mkdir(parents=True, exist_ok=True)

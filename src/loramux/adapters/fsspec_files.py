@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import fsspec
@@ -52,8 +52,10 @@ def open_file_system(scheme: str) -> Any:
 class FsspecFiles:
     """`RemoteFiles` of one folder."""
 
-    def __init__(self, source: RemoteFolder):
+    def __init__(self, source: RemoteFolder, optional: Sequence[str] = OPTIONAL_FILES):
+        """`optional` are files that need not be there."""
         self._source = source
+        self._optional = tuple(optional)
         try:
             self._system = open_file_system(source.scheme)
         except LoramuxError:
@@ -69,7 +71,7 @@ class FsspecFiles:
 
     def stamps(self) -> dict[str, FileStamp]:
         found: dict[str, FileStamp] = {}
-        for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
+        for name in (*REQUIRED_FILES, *self._optional):
             info = self._info(name)
             if info is not None:
                 found[name] = FileStamp(int(info["size"]), _version_of(info))

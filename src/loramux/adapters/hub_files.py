@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
@@ -43,8 +43,10 @@ def is_offline() -> bool:
 class HubFiles:
     """`RemoteFiles` of one repository."""
 
-    def __init__(self, source: HubRepository):
+    def __init__(self, source: HubRepository, optional: Sequence[str] = OPTIONAL_FILES):
+        """`optional` are files that need not be there."""
         self._source = source
+        self._optional = tuple(optional)
         self._commit: str | None = source.revision if source.is_pinned else None
 
     may_change = False  # all files are of one commit
@@ -56,7 +58,7 @@ class HubFiles:
     def stamps(self) -> dict[str, FileStamp]:
         """The commit that the revision means now is settled by the first file; the others are its."""
         found: dict[str, FileStamp] = {}
-        for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
+        for name in (*REQUIRED_FILES, *self._optional):
             stamp = self._stamp(name)
             if stamp is not None:
                 found[name] = stamp

@@ -77,9 +77,14 @@ def num_elements(layout: Layout) -> int:
 
 
 def digest_of(
-    canonical: bytes, buffer: torch.Tensor, bindings: Bindings, stored: Mapping[str, Stored]
+    canonical: bytes,
+    buffer: torch.Tensor,
+    bindings: Bindings,
+    stored: Mapping[str, Stored],
+    tokenizer: str = "",
 ) -> str:
-    """SHA-256 over the configuration and the names, types, shapes and stored bytes of the tensors."""
+    """SHA-256 over the configuration, the names, types, shapes and stored bytes of the tensors, and the
+    key of a `tokenizer` of its own."""
     digest = hashlib.sha256(canonical)
     data = buffer.numpy().data
     for key, tensor in sorted(bindings.tensors().items()):
@@ -90,4 +95,6 @@ def digest_of(
         digest.update(f"{key}|{copy}".encode())
     if bindings.head:
         digest.update(json.dumps(bindings.head.labels).encode())
+    if tokenizer:
+        digest.update(f"tokenizer|{tokenizer}".encode())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from loramux.adapters.host_cache import HostMemory
 from loramux.adapters.layout import digest_of, lay_out, num_elements
 from loramux.adapters.peft_config import CONFIG_NAME, read_config
 from loramux.adapters.report import BindingReport, BindingRow, summarise
+from loramux.adapters.tokenizers import BaseTokenizer, read_own_tokenizer
 from loramux.adapters.values import check_values
 from loramux.adapters.vocabulary_rows import (
     BaseVocabulary,
@@ -51,11 +53,13 @@ def read_adapter(
     dtype: torch.dtype,
     memory: HostMemory | None = None,
     base: BaseVocabulary | None = None,
+    tokenizer: BaseTokenizer | None = None,
 ) -> tuple[AdapterWeights, BindingReport]:
     """Read the adapter in `folder` for the model that `schema` describes.
 
     Weights come back on the CPU as the file holds them, fit to be served in `dtype`; of full copies of
-    the embedding or the head, the rows that differ from `base`. Raises AdapterNotFound when there is no
+    the embedding or the head, the rows that differ from `base`; of a tokenizer, one that differs from
+    `tokenizer`, the base model's (None: it is not read). Raises AdapterNotFound when there is no
     such folder, AdapterRejected with every reason when it cannot be served exactly.
     """
     folder = Path(folder).expanduser()
@@ -88,6 +92,7 @@ def read_adapter(
     if reasons:
         raise AdapterRejected(name, reasons)
     layout, stored = lay_out(bindings, schema)
+    own, reasons = read_own_tokenizer(folder, tokenizer, _vocab_size(layout, schema))
     source = AdapterSource(
         folder / CONFIG_NAME, config_identity, folder / WEIGHTS_NAME, identity, layout, begun
     )
@@ -95,24 +100,37 @@ def read_adapter(
         buffer = source.read(memory or HostMemory())  # [num_bytes] uint8
     except OSError as error:
         raise AdapterRejected(name, [f"{WEIGHTS_NAME} is damaged or truncated: {error}"]) from error
-    reasons = check_values(buffer, stored, dtype, bindings.row_keys, base.dtype if base else dtype)
+    reasons += check_values(buffer, stored, dtype, bindings.row_keys, base.dtype if base else dtype)
     reasons += untied(bindings.vocabulary, stored, buffer)
     if reasons:
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
         name=name,
-        digest=digest_of(canonical, buffer, bindings, stored),
+        digest=digest_of(canonical, buffer, bindings, stored, own.key if own else ""),
         source=str(folder),
         max_r=max((row.r for row in rows), default=1),
         num_bytes=num_elements(layout) * dtype.itemsize,
-        adapts_encoder=any(binding.module in schema.towers for binding in bindings),
-        labels=bindings.head.labels if bindings.head else (),
-        affine=bool(bindings.vectors),
         invocation=peft_config.invocation,
-        vocabulary_size=layout.vocabulary.size if layout.vocabulary else 0,
-        vocabulary_rows=layout.vocabulary.num_rows if layout.vocabulary else 0,
+        tokenizer=own.key if own else "",
+        **_beside_lora(bindings, layout, schema),
     )
-    return AdapterWeights(ref, buffer, source), _report(ref, rows, schema, layout)
+    return AdapterWeights(ref, buffer, source, tokenizer=own), _report(ref, rows, schema, layout)
+
+
+def _beside_lora(bindings: Bindings, layout: Layout, schema: ModelSchema) -> dict[str, Any]:
+    """What an `AdapterRef` says of towers, of a head, of gains and shifts, and of the vocabulary."""
+    vocabulary = layout.vocabulary
+    return {
+        "adapts_encoder": any(binding.module in schema.towers for binding in bindings),
+        "labels": bindings.head.labels if bindings.head else (),
+        "affine": bool(bindings.vectors),
+        "vocabulary_size": vocabulary.size if vocabulary else 0,
+        "vocabulary_rows": vocabulary.num_rows if vocabulary else 0,
+    }
+
+
+def _vocab_size(layout: Layout, schema: ModelSchema) -> int:
+    return layout.vocabulary.size if layout.vocabulary else schema.vocab_size
 
 
 def _tell_left_out(name: str, modules: list[str]) -> None:
@@ -164,4 +182,5 @@ def _report(
         labels=ref.labels,
         invocation=ref.invocation,
         vocabulary=lines,
+        own_tokenizer=bool(ref.tokenizer),
     )

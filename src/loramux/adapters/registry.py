@@ -209,12 +209,7 @@ class Registry:
         """Turn names into versions and count a user on each. Raises UnknownModel, or InvalidField
         where pins leave too few places, having taken none."""
         with self._lock:
-            unknown = [use.name for use in uses if use.name not in self._current]
-            if unknown:
-                raise UnknownModel(
-                    f"no adapter {', '.join(map(repr, unknown))} is served", field="lora"
-                )
-            digests = [self._current[use.name] for use in uses]
+            digests = self._digests_of(uses)
             self._pins.admit(set(digests), self._pinned())
             self._pins.enter(frozenset(digests))
             now = time.time()
@@ -228,15 +223,31 @@ class Registry:
     def release(self, digests: Sequence[str]) -> None:
         """Give back what one `acquire` counted; a draining version without users is gone."""
         with self._lock:
-            now = time.time()
             if self._pins.leave(frozenset(digests)):
                 self._repin()
+            self._give_back(digests)
+
+    def hold(self, uses: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        """`uses` with the versions that their names have now, which stay until `let_go`: a prompt is
+        made for them before it is a request. Raises UnknownModel."""
+        with self._lock:
+            digests = self._digests_of(uses)
             for digest in digests:
-                version = self._versions[digest]
-                version.users -= 1
-                version.last_used_s = now
-                assert version.users >= 0, "released more often than acquired. This is a bug."
-                self._collect(version)
+                self._versions[digest].users += 1
+            return tuple(replace(u, version=d) for u, d in zip(uses, digests, strict=True))
+
+    def let_go(self, held: Sequence[AdapterUse]) -> None:
+        """Give back what one `hold` counted."""
+        with self._lock:
+            self._give_back([use.version for use in held])
+
+    def refs(self, uses: Sequence[AdapterUse]) -> tuple[tuple[AdapterRef, float], ...]:
+        """The versions that `uses` mean, with their scales. Raises UnknownModel."""
+        with self._lock:
+            digests = self._digests_of(uses)
+            return tuple(
+                (self._versions[d].ref, use.scale) for d, use in zip(digests, uses, strict=True)
+            )
 
     # --- questions -----------------------------------------------------------------------------
 
@@ -307,6 +318,24 @@ class Registry:
             assert self._pins.is_empty, "a request is still counted"
 
     # --- under the lock ------------------------------------------------------------------------
+
+    def _digests_of(self, uses: Sequence[AdapterUse]) -> list[str]:
+        """Raises UnknownModel for a name that is not served, and a version that is gone."""
+        found = [use.version or self._current.get(use.name, "") for use in uses]
+        if unknown := [u.name for u, d in zip(uses, found, strict=True) if d not in self._versions]:
+            raise UnknownModel(
+                f"no adapter {', '.join(map(repr, unknown))} is served", field="lora"
+            )
+        return found
+
+    def _give_back(self, digests: Sequence[str]) -> None:
+        now = time.time()
+        for digest in digests:
+            version = self._versions[digest]
+            version.users -= 1
+            version.last_used_s = now
+            assert version.users >= 0, "released more often than acquired. This is a bug."
+            self._collect(version)
 
     def _check_expected(self, name: str, expected: str | None) -> None:
         if expected is None:

@@ -10,14 +10,21 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from loramux.adapters.peft_config import CONFIG_NAME
+from loramux.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from loramux.adapters.tokenizers import MOST_BYTES
 from loramux.errors import AdapterNotFound, SourceUnavailable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 REQUIRED_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 OPTIONAL_FILES = ("config.json",)  # names of labels
+TOKENIZER_FILES = tuple(MOST_BYTES)
 PICKLE_NAME = "adapter_model.bin"
 CHUNK_BYTES = 1 << 20
+
+
+def most_bytes(name: str) -> int | None:
+    """Of a file beside the weights; None: any number."""
+    return None if name == WEIGHTS_NAME else MOST_BYTES.get(name, MAX_CONFIG_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class BindingReport:
     labels: tuple[str, ...] = ()  # of its classification head
     invocation: tuple[int, ...] = ()  # of an activated LoRA
     vocabulary: tuple[str, ...] = ()  # what it changes there beside LoRA
+    own_tokenizer: bool = False  # or a chat template
 
     @property
     def max_r(self) -> int:
@@ -98,6 +99,8 @@ class BindingReport:
             lines.append(f"applies from the last occurrence of these tokens on: {tokens}")
         if self.vocabulary:
             lines.append(", ".join(self.vocabulary))
+        if self.own_tokenizer:
+            lines.append("a tokenizer or chat template of its own, which its requests get")
         return "\n".join(lines)
 
 

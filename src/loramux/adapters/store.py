@@ -33,6 +33,7 @@ from loramux.adapters.peft import read_adapter
 from loramux.adapters.registry import Registry
 from loramux.adapters.self_test import refuse_differing
 from loramux.adapters.spool import Spool
+from loramux.adapters.tokenizers import BaseTokenizer, OwnTokenizer
 from loramux.adapters.vocabulary_rows import BaseVocabulary
 from loramux.adapters.weights import AdapterSource, AdapterWeights, Vectors
 from loramux.config import LoRAConfig
@@ -62,6 +63,7 @@ class _Staged:
 
     weights: AdapterWeights
     head: Head | None
+    tokenizer: OwnTokenizer | None
     load_s: float
     claim: contextlib.ExitStack
     expected: str | None = None
@@ -87,18 +89,22 @@ class AdapterStore:
         rehearse: Callable[[AdapterWeights], Vectors] = lambda weights: {},
         head_dtype: torch.dtype | None = None,
         base: BaseVocabulary | None = None,
+        tokenizer: BaseTokenizer | None = None,
     ):
         """`rehearse` raises when the device could not take a new adapter, and gives the gains and shifts
         of its layers. `on_pins` is told, by digest, which versions the device must keep, whenever that
         changes. `head_dtype` is the model's; None: the same as the adapters' `dtype`. `base` has the
-        rows that full copies are compared with."""
+        rows that full copies are compared with. `tokenizer` is what adapters' own are compared with;
+        None: they are not read."""
         self._base = base
+        self._tokenizer = tokenizer if config.lora_tokenizers == "auto" else None
         self._schema = schema
         self._config = config
         self._dtype = dtype
         self._head_dtype = head_dtype or dtype
         self._heads: dict[str, Head] = {}  # by digest
         self._affines: dict[str, Vectors] = {}  # by digest: gains and shifts of those that have any
+        self._tokenizers: dict[str, OwnTokenizer] = {}  # by digest, of those that have any
         self._on_gone = on_gone
         self._on_pins = on_pins
         self._rehearse = rehearse
@@ -117,7 +123,9 @@ class AdapterStore:
         self.reads = 0
         self._memory = HostMemory()
         self._downloads = Downloads(
-            config.max_adapter_download_bytes, config.adapter_fetch_timeout_s
+            config.max_adapter_download_bytes,
+            config.adapter_fetch_timeout_s,
+            tokenizers=self._tokenizer is not None,
         )
         self._sources: dict[str, AdapterSource] = {}  # by digest
         self._staged: dict[str, _Staged] = {}  # by name
@@ -168,11 +176,12 @@ class AdapterStore:
             start = time.perf_counter()
             fetched = self._downloads.fetch(path)
             weights = self._checker.submit(self._read, name, fetched).result()
-            head = self._head_of(weights)
+            head, tokenizer = self._head_of(weights), weights.tokenizer
             with self._rehearsing:
-                weights = dataclasses.replace(weights, affine=self._rehearse(weights))
+                affine = self._rehearse(weights)
+            weights = dataclasses.replace(weights, affine=affine, tokenizer=None)
             load_s = time.perf_counter() - start
-            staged = _Staged(weights, head, load_s, claim.pop_all(), expected, pinned)
+            staged = _Staged(weights, head, tokenizer, load_s, claim.pop_all(), expected, pinned)
             self._staged[name] = staged
         return weights.ref
 
@@ -212,6 +221,10 @@ class AdapterStore:
     def head(self, digest: str) -> Head | None:
         """The classification head of a version that is served or has users, if it has one."""
         return self._heads.get(digest)
+
+    def tokenizer(self, digest: str) -> OwnTokenizer | None:
+        """The tokenizer of a version that is served or has users, if it has one of its own."""
+        return self._tokenizers.get(digest)
 
     def fetch(self, ref: AdapterRef) -> Future[AdapterWeights]:
         """The weights of exactly this version. The future fails with AdapterLoadFailed when the
@@ -259,7 +272,7 @@ class AdapterStore:
         self.reads += 1
         weights, _ = read_adapter(
             *(name, fetched.folder, self._schema, self._config, self._dtype, self._memory),
-            self._base,
+            *(self._base, self._tokenizer),
         )
         if fetched.is_remote:
             weights = weights.from_origin(fetched.origin)
@@ -292,6 +305,8 @@ class AdapterStore:
             self._heads[digest] = staged.head
         if staged.weights.affine:
             self._affines[digest] = staged.weights.affine
+        if staged.tokenizer is not None:
+            self._tokenizers[digest] = staged.tokenizer
 
     def _keep_on_host(self, digest: str, weights: AdapterWeights) -> None:
         for other in self.host.put(digest, weights):
@@ -301,10 +316,12 @@ class AdapterStore:
         """What was kept for a version that has gone meanwhile, or never came, would stay for ever."""
         with self.registry.unchanged():
             if self.registry.version(digest) is None:
-                self.host.drop(digest)
-                self._sources.pop(digest, None)
-                self._heads.pop(digest, None)
-                self._affines.pop(digest, None)
+                self._forget(digest)
+
+    def _forget(self, digest: str) -> None:
+        self.host.drop(digest)
+        for kept in (self._sources, self._heads, self._affines, self._tokenizers):
+            kept.pop(digest, None)
 
     def _adopt_folder(self, ref: AdapterRef) -> None:
         """A folder of ours goes with its version, or when the same version comes from another one."""
@@ -336,7 +353,7 @@ class AdapterStore:
         ref = self.registry.version(ref.digest) or ref  # its newest source
         affine = self._affines.get(ref.digest, {})
         weights = self._read_again(ref) or self._read_and_compare(ref)
-        weights = dataclasses.replace(weights, affine=affine)
+        weights = dataclasses.replace(weights, affine=affine, tokenizer=None)
         self._keep_on_host(ref.digest, weights)
         self._tell("host-loaded", ref.digest)
         self._forget_unless_served(ref.digest)
@@ -365,10 +382,7 @@ class AdapterStore:
             self.on_load(ref, seconds)
 
     def _gone(self, digest: str) -> None:
-        self.host.drop(digest)
-        self._sources.pop(digest, None)
-        self._heads.pop(digest, None)
-        self._affines.pop(digest, None)
+        self._forget(digest)
         if (folder := self._spooled.pop(digest, None)) is not None:
             self._drop_folder(folder)
         self._on_gone(digest)

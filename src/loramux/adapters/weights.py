@@ -22,6 +22,7 @@ import torch
 
 from loramux.adapters.files import FileChanged, read_into
 from loramux.adapters.host_cache import HostMemory
+from loramux.adapters.tokenizers import OwnTokenizer
 from loramux.types import AdapterRef
 
 Vectors = Mapping[str, torch.Tensor]
@@ -309,12 +310,14 @@ class LoRAPair:
 class AdapterWeights:
     """One version of an adapter: its bytes, `buffer` [num_bytes] uint8 on the CPU, and its source.
 
-    `affine` has the gains and shifts of modules [2, out] on the CPU, once they have been worked out."""
+    `affine` has the gains and shifts of modules [2, out] on the CPU, once they have been worked out.
+    `tokenizer` is the one it brings, where it was read to be served."""
 
     ref: AdapterRef
     buffer: torch.Tensor
     source: AdapterSource
     affine: Vectors = field(default_factory=dict)
+    tokenizer: OwnTokenizer | None = None
 
     @property
     def layout(self) -> Layout:

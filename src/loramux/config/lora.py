@@ -63,6 +63,7 @@ UNHASHED_FIELDS = (
     "adapter_fetch_timeout_s",
     "max_adapter_download_bytes",
     "verify_adapters",
+    "lora_tokenizers",
 )
 
 _REPOSITORY_PATTERN = re.compile(
@@ -194,6 +195,11 @@ class LoRAConfig(BaseModel):
     verify_adapters: bool = False
     """Compare each adapter that is loaded with what its file says, read and computed a second way in
     float64, and refuse it where they differ."""
+
+    lora_tokenizers: Literal["auto", "base"] = "auto"
+    """Whose tokenizer and chat template requests with an adapter get. `auto`: the adapter's own, where
+    its folder has one that is not the base model's. `base`: always the base model's; those of adapters
+    are then not read. No field of vLLM's."""
 
     @field_validator("adapter_roots", "adapter_repositories")
     @classmethod

@@ -14,6 +14,8 @@ from loramux.adapters.self_test import FileDeltas, NumericReport, check_deltas
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, LoRAConfig
 from loramux.models.loader import load_schema
+from loramux.models.own_tokenizers import OwnTokenizers
+from loramux.models.text import TextProcessor
 from loramux.models.vocabulary import CheckpointVocabulary
 from loramux.schema import ModelSchema
 
@@ -49,12 +51,22 @@ def _read(
 ) -> tuple[Path, ModelSchema, AdapterWeights, BindingReport]:
     config = EngineConfig(model=model, lora=lora)
     schema = load_schema(config).schema
-    downloads = Downloads(lora.max_adapter_download_bytes, lora.adapter_fetch_timeout_s)
+    own = lora.lora_tokenizers == "auto"
+    downloads = Downloads(
+        lora.max_adapter_download_bytes, lora.adapter_fetch_timeout_s, tokenizers=own
+    )
     folder = downloads.fetch(path).folder
     name = path.rstrip("/").rpartition("/")[2] or path
     # The model's own data type is not known here; float32 tells every difference.
     base = CheckpointVocabulary(config, schema, torch.float32)
-    weights, report = read_adapter(name, folder, schema, lora, _dtype(lora), base=base)
+    tokenizer = OwnTokenizers(
+        lambda: TextProcessor.load(model, None, None), takes_media=bool(schema.towers)
+    )
+    weights, report = read_adapter(
+        *(name, folder, schema, lora, _dtype(lora)),
+        base=base,
+        tokenizer=tokenizer if own else None,
+    )
     return folder, schema, weights, report
 
 

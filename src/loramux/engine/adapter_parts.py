@@ -15,6 +15,8 @@ from loramux.engine.leading import LeadingRunner
 from loramux.engine.loads import AdapterLoads, Arrived
 from loramux.engine.runner import Runner
 from loramux.errors import LoramuxError
+from loramux.models.own_tokenizers import OwnTokenizers
+from loramux.models.text import TextProcessor
 from loramux.models.vocabulary import CheckpointVocabulary
 from loramux.schema import ModelSchema
 from loramux.types import AdapterRef
@@ -27,8 +29,10 @@ def make_store(
     inbox: Inbox,
     on_gone: Callable[[str], None],
     on_pins: Callable[[Mapping[str, AdapterRef]], None],
+    text: TextProcessor,
 ) -> AdapterStore | None:
-    """The store, or None where no adapters are served. Both callbacks come through the inbox."""
+    """The store, or None where no adapters are served. Both callbacks come through the inbox; `text` is
+    the base model's tokenizer."""
     if (lora := config.lora) is None:
         return None
     return AdapterStore(
@@ -41,6 +45,7 @@ def make_store(
         rehearse=runner.rehearse,
         head_dtype=runner.attached.model.dtype,
         base=CheckpointVocabulary(config, schema, runner.attached.model.dtype),
+        tokenizer=OwnTokenizers(lambda: text, takes_media=bool(schema.towers)),
     )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from loramux.adapters.store import AdapterStore
 from loramux.config import EngineConfig
 from loramux.engine.activation import inside_media, starts_of
 from loramux.engine.pooling import PoolingModel
-from loramux.engine.validation import validate_pooling, validate_request, vocabulary_of
+from loramux.engine.validation import (
+    tokenizer_of,
+    validate_pooling,
+    validate_request,
+    vocabulary_of,
+)
 from loramux.errors import InvalidField
 from loramux.types import (
     NOTHING_SAMPLED,
@@ -76,6 +82,7 @@ class Admission:
                 sampling, pooling = NOTHING_SAMPLED, params
             self._pooling.check(pooling, acquired)
             self._check_affine(acquired)
+            text = self._text_of(acquired)
             starts = starts_of([ref for ref, _ in acquired], prompt)
             _check_starts(starts, acquired, media)
         except Exception:
@@ -87,6 +94,7 @@ class Admission:
             *(request_id, prompt, sampling, acquired, arrival_s, media, pooling),
             starts=starts,
             tenants=tenants,
+            text=text,
         )
         self._warn_of(request)
         return request
@@ -103,6 +111,18 @@ class Admission:
                     "base model answers without it, as in PEFT (said once for each version)",
                     *(ref.name, list(ref.invocation[:16])),
                 )
+
+    def text_of(self, uses: Sequence[AdapterUse]) -> Any:
+        """The `TextProcessor` that adapters bring, which the caller holds; None: the base model's.
+        Raises UnknownModel, or InvalidField where several bring one."""
+        if not uses or self._store is None:
+            return None
+        return self._text_of(self._store.registry.refs(uses))
+
+    def _text_of(self, acquired: Acquired) -> Any:
+        digest = tokenizer_of(acquired)
+        own = None if digest is None or self._store is None else self._store.tokenizer(digest)
+        return None if own is None else own.text
 
     def release(self, acquired: Acquired) -> None:
         """Count one user less of each adapter."""

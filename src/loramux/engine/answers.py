@@ -12,6 +12,7 @@ from loramux.types import Delta, FinishReason, TokenLogprob, TokenLogprobs
 
 @dataclass(slots=True)
 class _Answer:
+    text: TextProcessor
     detokenizer: Detokenizer | None  # None: tokens only
     held: str = ""  # text that may be the start of a stop string
     tokens: list[int] = field(default_factory=list)  # not yet given out
@@ -30,17 +31,19 @@ class AnswerWriter:
     def open(self, sequence: Sequence) -> None:
         """Start the answer of `sequence`; also fixes which tokens end it, and how long it can be."""
         params = sequence.request.params
-        eos = () if params.ignore_eos else tuple(self._eos_ids)
+        text: TextProcessor = sequence.request.text or self._text
+        own = {i for i in [text.eos_token_id] if i is not None and text is not self._text}
+        eos = () if params.ignore_eos else tuple(self._eos_ids | own)
         sequence.stop_ids = (*eos, *params.stop_token_ids)
         sequence.max_length = min(sequence.max_length, self._max_model_len)
         detokenizer = None
         if params.detokenize:
             detokenizer = Detokenizer(
-                self._text,
+                text,
                 sequence.request.prompt_token_ids,
                 skip_special_tokens=params.skip_special_tokens,
             )
-        self._answers[sequence.sequence_id] = _Answer(detokenizer)
+        self._answers[sequence.sequence_id] = _Answer(text, detokenizer)
 
     def close(self, sequence: Sequence) -> None:
         self._answers.pop(sequence.sequence_id, None)
@@ -52,7 +55,7 @@ class AnswerWriter:
         params = sequence.request.params
         if (logprobs := sampled.logprobs) is not None:
             answer.logprobs.append(
-                self._decode_logprobs(logprobs) if params.detokenize else logprobs
+                _decode_logprobs(answer.text, logprobs) if params.detokenize else logprobs
             )
         if sampled.token_id in sequence.stop_ids:
             return self._stop_at_token(sequence, answer, sampled.token_id)
@@ -111,11 +114,12 @@ class AnswerWriter:
             num_cached_tokens=sequence.num_cached,
         )
 
-    def _decode_logprobs(self, entry: TokenLogprobs) -> TokenLogprobs:
-        def named(item: TokenLogprob) -> TokenLogprob:
-            return replace(item, decoded_token=self._text.decode([item.token_id]))
 
-        return TokenLogprobs(named(entry.chosen), tuple(named(item) for item in entry.top))
+def _decode_logprobs(text: TextProcessor, entry: TokenLogprobs) -> TokenLogprobs:
+    def named(item: TokenLogprob) -> TokenLogprob:
+        return replace(item, decoded_token=text.decode([item.token_id]))
+
+    return TokenLogprobs(named(entry.chosen), tuple(named(item) for item in entry.top))
 
 
 def _find_stop(text: str, stops: tuple[str, ...], new: int) -> tuple[int, str] | None:

@@ -28,8 +28,10 @@ from loramux.engine.admission import Admission
 from loramux.engine.answers import AnswerWriter
 from loramux.engine.collector import settle
 from loramux.engine.devices import make_runner
+from loramux.engine.hold import Hold
 from loramux.engine.inbox import Inbox
 from loramux.engine.leading import start
+from loramux.engine.media_prompts import MediaPrompts
 from loramux.engine.memory_table import summary
 from loramux.engine.plan import StepPlan, StepResult
 from loramux.engine.pooling import Pooler, PoolingModel
@@ -40,6 +42,7 @@ from loramux.engine.sequence import Sequence as Answer
 from loramux.engine.sequence import answers_of
 from loramux.engine.snapshot import snapshot
 from loramux.errors import EngineError, EngineStopped, InvalidField, LoramuxError, Overloaded
+from loramux.models.text import TextProcessor
 from loramux.status import AdapterStatus, EngineStats
 from loramux.types import (
     AdapterRef,
@@ -89,7 +92,9 @@ class Engine:
         self.runner = started.runner
         self.inbox = Inbox()
         schema, inbox = loaded.attached.schema, self.inbox
-        self.store = make_store(self.config, schema, self.runner, inbox, self._gone, self._pinned)
+        self.store = make_store(
+            self.config, schema, self.runner, inbox, self._gone, self._pinned, self.text
+        )
         self.loads = make_loads(self.store, self.runner, inbox, self._arrived)
         model = PoolingModel.of(loaded)
         self.admission = Admission(self.config, self.store, loaded.vocab_size, model)
@@ -142,6 +147,22 @@ class Engine:
             self._open[request_id] = opened
         self.inbox.post(partial(self._enqueue, opened))
         return tuple(ref for ref, _ in request.adapters)
+
+    def hold(self, adapters: Sequence[AdapterUse]) -> Hold:
+        """Keep the versions that `adapters` mean now, until a prompt that is made for them was submitted
+        with `Hold.uses`. Raises UnknownModel."""
+        return Hold(None if self.store is None else self.store.registry, adapters)
+
+    def text_of(self, adapters: Sequence[AdapterUse]) -> TextProcessor:
+        """The tokenizer and chat template of requests with these adapters. Raises InvalidField where
+        several bring one of their own."""
+        text: TextProcessor | None = self.admission.text_of(adapters)
+        return text or self.text
+
+    def media_of(self, adapters: Sequence[AdapterUse]) -> MediaPrompts:
+        """What makes prompts with media for requests with these adapters; raises as `text_of` does."""
+        text: TextProcessor | None = self.admission.text_of(adapters)
+        return self.media if text is None else self.media.with_text(text)
 
     def cancel(self, request_id: str) -> None:
         """End a request early; nothing more comes out for it."""

@@ -15,6 +15,7 @@ RopeIndex = Callable[[Sequence[int], Sequence[MediaItem]], tuple[Any, int]]
 
 if TYPE_CHECKING:
     from loramux.media import Audio, Image, Video
+    from loramux.models.text import TextProcessor
 
     Media = Image | Audio | Video
 
@@ -32,6 +33,8 @@ class Processor(Protocol):
     def prepare_chat(
         self, messages: Sequence[dict[str, Any]], media: Sequence[Media], **settings: Any
     ) -> MediaPrompt: ...
+
+    def with_text(self, text: Any) -> Processor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,13 @@ class MediaPrompts:
     def modalities(self) -> frozenset[str]:
         """What a request may carry beside text; empty for a text model."""
         return self._modalities
+
+    def with_text(self, text: TextProcessor) -> MediaPrompts:
+        """The same for an adapter with a chat template of its own; the tokenizer is the model's."""
+        if self._processor is None:
+            return self
+        processor = self._processor.with_text(text)
+        return MediaPrompts(processor, self._rope_index, self._room, self._modalities)
 
     def prepare(self, prompt: str | Sequence[int], media: Sequence[Media]) -> MediaPrompt:
         """A text or tokens whose placeholders stand for `media`, those of each modality in order.

@@ -18,6 +18,7 @@ from typing import Any, Self
 from loramux.config import EngineConfig, MemoryPlan
 from loramux.engine.adapter_changes import drain, events, received
 from loramux.engine.engine import Engine
+from loramux.engine.hold import Hold
 from loramux.engine.loop_thread import LoopThread
 from loramux.engine.resolving import Resolving, resolver_of, unknown
 from loramux.errors import EngineError, EngineStopped, LoramuxError
@@ -97,14 +98,23 @@ class AsyncEngine:
 
     # --- text ----------------------------------------------------------------------------------
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def hold(self, adapters: Sequence[AdapterUse]) -> Hold:
+        """Keep versions while prompts are made for them; see `Engine.hold`."""
+        return self._engine.hold(adapters)
+
+    async def tokenize(
+        self, text: str, adapters: Sequence[AdapterUse] = (), *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """As a request with `adapters` has it. Raises InvalidField where several of them bring a
+        tokenizer."""
         return await asyncio.to_thread(
-            self._engine.text.encode, text, add_special_tokens=add_special_tokens
+            self._engine.text_of(adapters).encode, text, add_special_tokens=add_special_tokens
         )
 
     async def render_chat(
         self,
         messages: list[dict[str, Any]],
+        adapters: Sequence[AdapterUse] = (),
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -113,7 +123,7 @@ class AsyncEngine:
     ) -> list[int]:
         """Messages -> prompt tokens. Raises InvalidField when the chat template refuses them."""
         return await asyncio.to_thread(
-            self._engine.text.render_chat,
+            self._engine.text_of(adapters).render_chat,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -130,6 +140,7 @@ class AsyncEngine:
         self,
         messages: list[dict[str, Any]],
         media: Sequence[Image | Audio | Video],
+        adapters: Sequence[AdapterUse] = (),
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -137,7 +148,7 @@ class AsyncEngine:
     ) -> MediaPrompt:
         """`render_chat` of a multimodal model; see `MediaPrompts.render_chat`."""
         return await asyncio.to_thread(
-            self._engine.media.render_chat,
+            self._engine.media_of(adapters).render_chat,
             messages,
             media,
             add_generation_prompt=add_generation_prompt,
@@ -145,8 +156,10 @@ class AsyncEngine:
             template_kwargs=template_kwargs,
         )
 
-    def decode_token(self, token_id: int) -> str:
-        return self._engine.text.decode([token_id])
+    def decoder(self, adapters: Sequence[AdapterUse] = ()) -> Callable[[int], str]:
+        """What writes one token of an answer with `adapters`."""
+        text = self._engine.text_of(adapters)
+        return lambda token_id: text.decode([token_id])
 
     # --- requests ------------------------------------------------------------------------------
 

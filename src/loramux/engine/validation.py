@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loramux.errors import InvalidField, PromptTooLong
-from loramux.types import AdapterRef, PoolingParams, SamplingParams
+from loramux.types import AdapterRef, PoolingParams, SamplingParams, compose
 
 
 def validate_request(
@@ -70,7 +70,7 @@ def vocabulary_of(acquired: Sequence[tuple[AdapterRef, float]], base: int) -> in
     """How many tokens the vocabulary of a request with these adapters has, `base` without them.
 
     Raises InvalidField where several of them bring a vocabulary of their own."""
-    refs = {ref.digest: ref for ref, _ in acquired if ref.vocabulary_size}
+    refs = {ref.digest: ref for ref in _applying(acquired) if ref.vocabulary_size}
     own = [r for r in refs.values() if r.vocabulary_rows or r.vocabulary_size != base]
     if len(own) > 1:
         names = ", ".join(repr(ref.name) for ref in own)
@@ -79,6 +79,27 @@ def vocabulary_of(acquired: Sequence[tuple[AdapterRef, float]], base: int) -> in
             field="lora",
         )
     return own[0].vocabulary_size if own else base
+
+
+def tokenizer_of(acquired: Sequence[tuple[AdapterRef, float]]) -> str | None:
+    """The digest of the adapter whose own tokenizer a request with these gets; None: the base model's.
+
+    Raises InvalidField where several bring different ones."""
+    refs = {ref.tokenizer: ref for ref in _applying(acquired) if ref.tokenizer}
+    if len(refs) > 1:
+        names = ", ".join(repr(ref.name) for ref in refs.values())
+        raise InvalidField(
+            f"adapters {names} each have a tokenizer or chat template of their own; one of a sum may",
+            field="lora",
+            remedy="name one of them, or start with --lora-tokenizers base",
+        )
+    return next((ref.digest for ref in refs.values()), None)
+
+
+def _applying(acquired: Sequence[tuple[AdapterRef, float]]) -> list[AdapterRef]:
+    """Those that a sum has: what adds up to scale 0 drops out, and its tokens and rows with it."""
+    kept = {digest for digest, _ in compose([(ref.digest, scale) for ref, scale in acquired])}
+    return [ref for ref, _ in acquired if ref.digest in kept]
 
 
 def _check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:

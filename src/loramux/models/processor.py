@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections import Counter
@@ -89,6 +90,13 @@ class MediaProcessor:
         vector_ids = {m: self._vector_ids(m) for m in self.modalities}
         self._all_vector_ids = frozenset(i for found in vector_ids.values() for i in found)
         self._items = ItemProcessor(stock, text, texts, vector_ids, cache)
+
+    def with_text(self, text: TextProcessor) -> MediaProcessor:
+        """The same processor, which renders conversations by the chat template of `text`."""
+        made = copy.copy(self)
+        made.text = text
+        made.__dict__.pop("_forms", None)
+        return made
 
     # --- what the model takes ------------------------------------------------------------------
 

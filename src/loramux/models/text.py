@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,9 +18,14 @@ MAX_HELD = 8  # tokens without text; then what there is counts as text
 
 
 class TextProcessor:
-    """The tokenizer of one model. Safe to call from several threads for reading."""
+    """The tokenizer of one model or adapter. Safe to call from several threads for reading."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | Mapping[str, str] | None = None,
+    ):
+        """`chat_template`, one or several by name, goes before the tokenizer's own."""
         self.tokenizer = tokenizer
         self.chat_template = chat_template
 
@@ -50,8 +54,15 @@ class TextProcessor:
     @property
     def backend(self) -> Tokenizer | None:
         """The tokenizer of the `tokenizers` library underneath, if it is one."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return backend if isinstance(backend, Tokenizer) else None
+        return backend_of(self.tokenizer)
+
+    @property
+    def template(self) -> str | Mapping[str, str] | None:
+        """The chat template in use, or several by name."""
+        if self.chat_template is not None:
+            return self.chat_template
+        own: str | Mapping[str, str] | None = self.tokenizer.chat_template
+        return own or None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -80,7 +91,11 @@ class TextProcessor:
     ) -> str:
         """Messages -> the prompt as the chat template writes it. Raises InvalidField where template and
         messages disagree."""
-        if self.chat_template is None and not self.tokenizer.chat_template:
+        template = self.template
+        if isinstance(template, Mapping):
+            named = "tool_use" if tools is not None and "tool_use" in template else "default"
+            template = template.get(named)
+        if template is None:
             raise InvalidField(
                 "this model has no chat template",
                 field="messages",
@@ -90,17 +105,23 @@ class TextProcessor:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=tools,
-                chat_template=self.chat_template,
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,
                 **(template_kwargs or {}),
             )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template may fail in any way
             raise InvalidField(
                 f"the chat template refuses the messages: {error}", field="messages"
             ) from error
         return str(text)
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer of the `tokenizers` library underneath, if it is one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend if isinstance(backend, Tokenizer) else None
 
 
 def read_template(value: str | None) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace as changed
 from typing import Any, Protocol
 
+from loramux.engine.hold import Hold
 from loramux.engine.service import AsyncEngine
 from loramux.errors import (
     AdapterExists,
@@ -143,6 +144,18 @@ class MemberEngine(AsyncEngine):
             if entry.ref is not None
         ]
 
+    def hold(self, adapters: Sequence[AdapterUse]) -> Hold:
+        self._check_here(adapters)
+        return super().hold(adapters)
+
+    def _check_here(self, adapters: Sequence[AdapterUse]) -> None:
+        for use in adapters:
+            if (reason := self._missing.get(use.name)) is not None:
+                raise AdapterLoadFailed(
+                    f"this replica cannot serve adapter {use.name!r}: {reason}",
+                    remedy="load it again with load_inplace",
+                )
+
     async def generate(
         self,
         request_id: str,
@@ -151,12 +164,7 @@ class MemberEngine(AsyncEngine):
         adapters: Sequence[AdapterUse] = (),
         admitted: Callable[[Sequence[AdapterRef]], None] | None = None,
     ) -> AsyncIterator[Delta]:
-        for use in adapters:
-            if (reason := self._missing.get(use.name)) is not None:
-                raise AdapterLoadFailed(
-                    f"this replica cannot serve adapter {use.name!r}: {reason}",
-                    remedy="load it again with load_inplace",
-                )
+        self._check_here(adapters)
         deltas = super().generate(request_id, prompt, params, adapters, admitted)
         try:
             async for delta in deltas:

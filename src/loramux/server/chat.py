@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.content import check_modalities
+from loramux.engine.hold import Hold
 from loramux.server.access import Caller
 from loramux.server.disconnect import unless_gone
 from loramux.server.encoding import ReplyJSON
@@ -24,7 +25,7 @@ from loramux.server.generation import (
     has_news,
     tokens_of,
 )
-from loramux.server.logprobs import chat_logprobs
+from loramux.server.logprobs import Decode, chat_logprobs
 from loramux.server.protocol import ChatCompletionRequest
 from loramux.server.sampling import chat_params, check_room
 from loramux.server.selection import (
@@ -36,6 +37,7 @@ from loramux.server.selection import (
 )
 from loramux.server.sse import EventStream, event, guarded
 from loramux.server.state import ServerState, State
+from loramux.types import AdapterUse
 
 router = APIRouter()
 
@@ -47,6 +49,7 @@ class Reply:
     state: ServerState
     body: ChatCompletionRequest
     prompt: Prompt
+    decode: Decode
     defaults: list[dict[str, Any]] = field(default_factory=list)
     idle: dict[str, Any] = field(default_factory=dict)
     id: str = ""
@@ -68,7 +71,7 @@ class Reply:
         """One choice; `content` is its `message` or `delta`."""
         logprobs = None
         if self.body.logprobs and part.logprobs:
-            logprobs = chat_logprobs(part.logprobs, self.state.engine.decode_token)
+            logprobs = chat_logprobs(part.logprobs, self.decode)
         reply = {
             "index": index,
             **content,
@@ -95,7 +98,9 @@ class Reply:
         return said
 
 
-async def _render(state: ServerState, body: ChatCompletionRequest) -> Prompt:
+async def _render(
+    state: ServerState, body: ChatCompletionRequest, adapters: Sequence[AdapterUse]
+) -> Prompt:
     """The prompt. Media are loaded first, all of them."""
     how: dict[str, Any] = {
         "add_generation_prompt": body.opens_turn,
@@ -105,10 +110,11 @@ async def _render(state: ServerState, body: ChatCompletionRequest) -> Prompt:
     engine = state.engine
     check_modalities(body.media, engine.modalities)
     if not engine.modalities:
-        return await engine.render_chat([message.as_turn() for message in body.messages], **how)
+        turns = [message.as_turn() for message in body.messages]
+        return await engine.render_chat(turns, adapters, **how)
     turns = [message.as_turn_of_parts() for message in body.messages]
     async with state.media.loaded(body.media) as media:
-        prompt = await engine.render_chat_media(turns, media, **how)
+        prompt = await engine.render_chat_media(turns, media, adapters, **how)
     return prompt if prompt.items else prompt.token_ids
 
 
@@ -119,8 +125,16 @@ async def create_chat_completion(
     """Answer a conversation."""
     check_use(access, state, body)
     adapters = await select_adapters(state, body, {part.modality for part in body.media})
+    with state.engine.hold(adapters) as hold:
+        return await _answer(body, request, state, hold)
+
+
+async def _answer(
+    body: ChatCompletionRequest, request: Request, state: ServerState, hold: Hold
+) -> Response:
     params = chat_params(body)
-    rendering = _render(state, body)
+    decode = state.engine.decoder(hold.uses)
+    rendering = _render(state, body, hold.uses)
     prompt = await (unless_gone(request.receive, rendering) if body.media else rendering)
     named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     check_room(
@@ -130,8 +144,8 @@ async def create_chat_completion(
         prompt_field="messages",
         tokens_field=named,
     )
-    reply = Reply(state, body, prompt)
-    generation = Generation(state, [prompt], params, adapters)
+    reply = Reply(state, body, prompt, decode)
+    generation = Generation(state, [prompt], params, hold)
     if body.stream:
         await unless_gone(request.receive, generation.prime())
         reply.tell(generation)

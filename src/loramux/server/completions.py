@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from loramux.engine.hold import Hold
 from loramux.server.access import Caller
 from loramux.server.disconnect import unless_gone
 from loramux.server.encoding import ReplyJSON
 from loramux.server.generation import Choice, Generation, Usage, collect, has_news
-from loramux.server.logprobs import completion_logprobs
+from loramux.server.logprobs import Decode, completion_logprobs
 from loramux.server.protocol import CompletionRequest
 from loramux.server.sampling import check_room, completion_params
 from loramux.server.selection import (
@@ -27,6 +28,7 @@ from loramux.server.selection import (
 )
 from loramux.server.sse import EventStream, event, guarded
 from loramux.server.state import ServerState, State
+from loramux.types import AdapterUse
 
 router = APIRouter()
 
@@ -39,6 +41,7 @@ class Reply:
     body: CompletionRequest
     prompts: list[list[int]]
     n: int
+    decode: Decode
     id: str = ""
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -61,9 +64,7 @@ class Reply:
         """One choice, whole or in part, and the text offset after it."""
         logprobs = None
         if self.body.logprobs is not None and (part.logprobs or first):
-            logprobs, offset = completion_logprobs(
-                part.logprobs, self.state.engine.decode_token, offset
-            )
+            logprobs, offset = completion_logprobs(part.logprobs, self.decode, offset)
         reply = {
             "index": index,
             "text": (self.echoed(index) if first else "") + part.text,
@@ -78,12 +79,14 @@ class Reply:
         return reply, offset
 
 
-async def _tokenize(state: ServerState, body: CompletionRequest) -> list[list[int]]:
+async def _tokenize(
+    state: ServerState, body: CompletionRequest, adapters: Sequence[AdapterUse]
+) -> list[list[int]]:
     special = True if body.add_special_tokens is None else body.add_special_tokens
 
     async def one(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return await state.engine.tokenize(prompt, add_special_tokens=special)
+            return await state.engine.tokenize(prompt, adapters, add_special_tokens=special)
         return prompt
 
     return list(await asyncio.gather(*(one(prompt) for prompt in body.prompt)))
@@ -96,8 +99,16 @@ async def create_completion(
     """Continue one or several prompts."""
     check_use(access, state, body)
     adapters = await select_adapters(state, body)
+    with state.engine.hold(adapters) as hold:
+        return await _answer(body, request, state, hold)
+
+
+async def _answer(
+    body: CompletionRequest, request: Request, state: ServerState, hold: Hold
+) -> Response:
     params = completion_params(body)
-    prompts = await _tokenize(state, body)
+    decode = state.engine.decoder(hold.uses)
+    prompts = await _tokenize(state, body, hold.uses)
     for prompt in prompts:
         check_room(
             len(prompt),
@@ -106,8 +117,8 @@ async def create_completion(
             prompt_field="prompt",
             tokens_field="max_tokens",
         )
-    reply = Reply(state, body, prompts, params.n)
-    generation = Generation(state, prompts, params, adapters)
+    reply = Reply(state, body, prompts, params.n, decode)
+    generation = Generation(state, prompts, params, hold)
     if body.stream:
         await unless_gone(request.receive, generation.prime())
         headers = adapter_headers(generation)

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from loramux.engine.activation import not_invoked
+from loramux.engine.hold import Hold
 from loramux.errors import EngineError, EngineStopped, QuotaReached
 from loramux.server.metrics import Meter
 from loramux.server.quotas import Grant
 from loramux.server.state import ServerState
 from loramux.types import (
     AdapterRef,
-    AdapterUse,
     Delta,
     MediaPrompt,
     PoolingOutput,
@@ -53,12 +53,16 @@ class Generation:
         state: ServerState,
         prompts: Sequence[Prompt],
         params: SamplingParams | PoolingParams,
-        adapters: Sequence[AdapterUse],
+        hold: Hold,
     ) -> None:
+        """`hold` has the versions that the prompts were made for, and is released as soon as all of them
+        are requests."""
         self._state = state
         self._prompts = prompts
         self._params = params
-        self._adapters = adapters
+        self._adapters = hold.uses
+        self._hold = hold
+        self._unsubmitted = len(prompts)
         self._id = uuid.uuid4().hex  # never the client's: two requests may bring the same one
         self._queue: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,7 +73,7 @@ class Generation:
         """Which versions answer, each once; known as soon as the first event is."""
         self.not_invoked: list[Version] = []
         """Activated LoRAs that at least one prompt did not invoke, each once."""
-        self._meter = Meter(state.metrics, adapters, choices=self._unfinished)
+        self._meter = Meter(state.metrics, hold.uses, choices=self._unfinished)
         self._grant: Grant | None = None  # from when it was admitted
 
     async def prime(self) -> None:
@@ -119,7 +123,9 @@ class Generation:
             self._queue.put_nowait(error)
 
     def _admitted(self, prompt: int, refs: Sequence[AdapterRef]) -> None:
-        """Several prompts may get several versions, where one is replaced between them."""
+        self._unsubmitted -= 1
+        if self._unsubmitted == 0:
+            self._hold.release()
         named = list(zip((use.name for use in self._adapters), refs, strict=True))
         self.versions += [version for version in named if version not in self.versions]
         idle = not_invoked(refs, tokens_of(self._prompts[prompt]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -19,7 +19,7 @@ from loramux.server.generation import Generation, collect
 from loramux.server.pooling_protocol import PoolingBody
 from loramux.server.selection import adapter_headers, check_use, select_adapters
 from loramux.server.state import ServerState
-from loramux.types import PoolingOutput, PoolingParams
+from loramux.types import AdapterUse, PoolingOutput, PoolingParams
 
 
 async def pool(
@@ -34,11 +34,12 @@ async def pool(
     """The list of what `item` makes of each input's number and values. Raises LoramuxError."""
     check_use(access, state, body)
     adapters = await select_adapters(state, body)
-    prompts = await _tokenize(state, body)
-    _check_lengths(prompts, state.context_length)
     created_s = int(time.time())
-    generation = Generation(state, prompts, params, adapters)
-    choices, usage = await unless_gone(request.receive, collect(generation, prompts, 1))
+    with state.engine.hold(adapters) as hold:
+        prompts = await _tokenize(state, body, hold.uses)
+        _check_lengths(prompts, state.context_length)
+        generation = Generation(state, prompts, params, hold)
+        choices, usage = await unless_gone(request.receive, collect(generation, prompts, 1))
     outputs = [choice.pooled for choice in choices]
     if None in outputs:
         raise EngineError("an input was not answered")
@@ -56,12 +57,14 @@ async def pool(
     return Response(content, headers=headers, media_type="application/json")
 
 
-async def _tokenize(state: ServerState, body: PoolingBody) -> list[list[int]]:
+async def _tokenize(
+    state: ServerState, body: PoolingBody, adapters: Sequence[AdapterUse]
+) -> list[list[int]]:
     special = body.add_special_tokens is not False
 
     async def one(text: str | list[int]) -> list[int]:
         if isinstance(text, str):
-            return await state.engine.tokenize(text, add_special_tokens=special)
+            return await state.engine.tokenize(text, adapters, add_special_tokens=special)
         return text
 
     return list(await asyncio.gather(*(one(text) for text in body.input)))
