@@ -14,13 +14,17 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from loramux import LLM, LoRARequest, SamplingParams
 from loramux.config import EngineConfig, LoRAConfig, ServerConfig
 from loramux.engine.service import AsyncEngine
-from loramux.errors import InvalidField
+from loramux.errors import AdapterRejected, InvalidField
 from loramux.server.app import create_app
 from loramux.types import AdapterUse
+from parity.multimodal import random_image
+from parity.multimodal import save_adapter as save_part
+from parity.multimodal import save_model as save_multimodal
 from parity.own_tokenizers import (
     CHATML,
     SPECIAL,
@@ -282,3 +286,45 @@ def test_over_http_and_replaced_meanwhile(world: World, tmp_path: Path) -> None:
 
     asyncio.run(run())
     engine._engine.check_integrity()
+
+
+# --- with media ------------------------------------------------------------------------------------
+
+
+def test_a_multimodal_model_takes_the_template_alone(tmp_path: Path) -> None:
+    model = save_multimodal(tmp_path / "model", "qwen3-vl")
+    plain, own, cut = (
+        save_part(model, tmp_path / name, "language", seed=5) for name in ("plain", "own", "cut")
+    )
+    processor = AutoProcessor.from_pretrained(model)
+    for folder in (plain, own, cut):
+        processor.save_pretrained(folder)
+    template = processor.chat_template
+    processor.chat_template = "{{ 'adapted: ' }}" + template
+    processor.save_pretrained(own)
+    words = processor.tokenizer
+    words.eos_token = words.convert_ids_to_tokens(7)
+    words.save_pretrained(cut)
+    image = random_image(3)
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": "a bakery"}]
+    asked = [{"type": "image", "image": image}, content[1]]
+    once = SamplingParams(temperature=0, max_tokens=2)
+    with LLM(str(model), enable_lora=True, device="cpu", max_loras=2, max_lora_rank=8) as llm:
+        loras = [LoRARequest(p.name, lora_path=str(p)) for p in (plain, own)]
+        turns = [[{"role": "user", "content": content}]] * 3
+        outputs = llm.chat(turns, once, lora_request=[None, *loras])
+        store = llm.engine.require_store()
+        assert len(store._tokenizers) == 1, "the plain one's processor is the base model's"
+        for output, text in zip(
+            outputs, [template, template, processor.chat_template], strict=True
+        ):
+            wanted = processor.apply_chat_template(
+                [{"role": "user", "content": asked}],
+                chat_template=text,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )["input_ids"][0]
+            assert output.prompt_token_ids == list(wanted)
+        with pytest.raises(AdapterRejected, match="takes media"):
+            llm.generate("x", once, lora_request=LoRARequest("cut", lora_path=str(cut)))
