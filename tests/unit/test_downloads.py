@@ -23,6 +23,7 @@ from adapter_hub import AdapterHub
 from loramux.adapters import downloads as downloads_module
 from loramux.adapters import fsspec_files
 from loramux.adapters.downloads import Downloads
+from loramux.adapters.tokenizers import MOST_BYTES
 from loramux.errors import AdapterNotFound, ConfigError, Forbidden, SourceUnavailable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,13 +77,40 @@ def upload(folder: Path, url: str) -> None:
         system.pipe_file(f"{url}/{name}", data)
 
 
-def fetcher(max_bytes: int = 1 << 30, timeout_s: float = 30.0) -> Downloads:
-    return Downloads(max_bytes, timeout_s)
+def fetcher(max_bytes: int = 1 << 30, timeout_s: float = 30.0, **more: bool) -> Downloads:
+    return Downloads(max_bytes, timeout_s, **more)
 
 
 def nothing_partial(cache: Path) -> bool:
     partial = cache / "partial"
     return not partial.exists() or not list(partial.iterdir())
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def test_a_tokenizer_comes_along_where_it_is_wanted(
+    hub: AdapterHub, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_files(tmp_path / "repo")
+    for name in (*TOKENIZER, "tokenizer.model", "tokenization_own.py"):
+        (folder / name).write_text(f"{name} of {uuid.uuid4()}")
+    upload(folder, bucket)
+    hub.repositories["org/one"] = {"main": folder}
+    pinned = f"org/one@{hub.commit_of(folder)}"
+    hub.repositories["org/one"][hub.commit_of(folder)] = folder
+    for source in (bucket, "org/one", pinned):
+        assert contents(fetcher().fetch(source).folder).keys() == {CONFIG, WEIGHTS}
+        found = contents(fetcher(tokenizers=True).fetch(source).folder)
+        assert found.keys() == {CONFIG, WEIGHTS, *TOKENIZER}, source
+        assert found["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
+        assert contents(fetcher().fetch(source).folder).keys() == {CONFIG, WEIGHTS}
+    hub.requests.clear()
+    fetcher(tokenizers=True).fetch(pinned)
+    assert hub.requests == [], "a commit that is known needs no network"
+    monkeypatch.setitem(MOST_BYTES, "chat_template.jinja", 10)
+    with pytest.raises(Forbidden, match=r"chat_template\.jinja of .* larger than 10 bytes"):
+        fetcher(tokenizers=True).fetch(bucket)
 
 
 # --- the Hub -----------------------------------------------------------------------------------

@@ -39,6 +39,32 @@ def test_replacement_drains_the_old_version() -> None:
     registry.check_integrity()
 
 
+def test_held_versions_stay_for_the_requests_that_are_made_for_them() -> None:
+    gone: list[str] = []
+    registry = Registry(on_gone=gone.append, max_loras=2)
+    registry.publish(_ref("a", "v1"))
+    registry.publish(_ref("b", "w1"))
+    held = registry.hold([AdapterUse("a", 0.5), AdapterUse("b")])
+    assert [use.version for use in held] == ["v1", "w1"] and held[0].scale == 0.5
+    registry.publish(_ref("a", "v2"))
+    registry.remove("b")
+    assert gone == [] and registry.users("v1") == 1
+    assert [ref.digest for ref, _ in registry.refs(held)] == ["v1", "w1"]
+    assert registry.refs([AdapterUse("a")])[0][0].digest == "v2"
+    acquired = registry.acquire(held)
+    assert [(ref.digest, scale) for ref, scale in acquired] == [("v1", 0.5), ("w1", 1.0)]
+    registry.let_go(held)
+    assert gone == []
+    registry.release(["v1", "w1"])
+    assert gone == ["v1", "w1"]
+    for call in (registry.acquire, registry.refs, registry.hold):
+        with pytest.raises(UnknownModel, match="'a', 'b'"):
+            call(held)
+    with pytest.raises(UnknownModel, match="'c'"):
+        registry.hold([AdapterUse("a"), AdapterUse("c")])
+    registry.check_integrity()
+
+
 def test_remove_while_in_use_finishes_first() -> None:
     gone: list[str] = []
     registry = Registry(on_gone=gone.append)

@@ -150,8 +150,11 @@ class Downloads:
         for name, stamp in stamps.items():
             most = most_bytes(name)
             if most is not None and stamp.size > most:
+                own = name in TOKENIZER_FILES
                 raise Forbidden(
-                    f"{name} of {source} is larger than {most} bytes", field="lora_path"
+                    f"{name} of {source} is larger than {most} bytes",
+                    field="lora_path",
+                    remedy="start with --lora-tokenizers base" if own else None,
                 )
         root = adapter_cache()
         root.mkdir(parents=True, exist_ok=True)
