@@ -172,6 +172,32 @@ def test_a_file_goes_before_the_configuration(
     assert own.text.render_text([{"role": "user", "content": "x"}]).endswith("<helper>!\n.")
 
 
+def test_further_templates(
+    folder: Path, schema: Any, tiny_world: TinyWorld, base: OwnTokenizers
+) -> None:
+    made = tokenizer()
+    made.chat_template = {"default": OWN, "tool_use": "T", "rag": "R"}
+    made.save_pretrained(folder)
+    plain, _ = _read(folder, schema, None)
+    digest, own = _read(folder, schema, base)
+    assert own is not None and own.text.template == made.chat_template and digest != plain
+    named = OwnTokenizers(lambda: TextProcessor(made))
+    assert _read(folder, schema, named) == (plain, None), "the base model has these too"
+    shutil.rmtree(folder / "additional_chat_templates")
+    assert _read(folder, schema, named) == (plain, None), "as it is downloaded"
+    _, alone = _read(folder, schema, base)
+    assert alone is not None and alone.text.template == OWN
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "x.jinja").write_bytes(b"\xff")
+    with pytest.raises(AdapterRejected, match="no UTF-8"):
+        _read(folder, schema, base)
+    for number in range(20):
+        (more / f"{number}.jinja").write_text("x")
+    with pytest.raises(AdapterRejected, match="more than 16 files"):
+        _read(folder, schema, base)
+
+
 def test_equal_tokenizers_are_kept_once_and_others_apart(
     folder: Path, tiny_world: TinyWorld, tmp_path: Path, schema: Any, base: OwnTokenizers
 ) -> None:
@@ -183,6 +209,12 @@ def test_equal_tokenizers_are_kept_once_and_others_apart(
     assert first is not None and again is not None and len({one, two} - plain) == 2
     assert (first.key, first.text) == (again.key, again.text)
     assert first.text.template == TEMPLATE
+    config = json.loads((second / "tokenizer_config.json").read_text())
+    (second / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 9}))
+    changed, like = _read(second, schema, base)
+    assert like is not None and changed != two, "other files, which do the same"
+    assert (like.key, like.text) == (first.key, first.text)
+    del like
     _own_words("q", "zz").save_pretrained(second)
     three, third = _read(second, schema, base)
     assert third is not None and third.key != first.key and three != two

@@ -84,7 +84,7 @@ def digest_of(
     tokenizer: str = "",
 ) -> str:
     """SHA-256 over the configuration, the names, types, shapes and stored bytes of the tensors, and the
-    key of a `tokenizer` of its own."""
+    content of a `tokenizer` of its own."""
     digest = hashlib.sha256(canonical)
     data = buffer.numpy().data
     for key, tensor in sorted(bindings.tensors().items()):

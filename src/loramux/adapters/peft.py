@@ -106,7 +106,7 @@ def read_adapter(
         raise AdapterRejected(name, reasons)
     ref = AdapterRef(
         name=name,
-        digest=digest_of(canonical, buffer, bindings, stored, own.key if own else ""),
+        digest=digest_of(canonical, buffer, bindings, stored, own.content if own else ""),
         source=str(folder),
         max_r=max((row.r for row in rows), default=1),
         num_bytes=num_elements(layout) * dtype.itemsize,

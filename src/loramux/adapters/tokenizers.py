@@ -3,7 +3,7 @@
     tokenizer.json            the tokenizer itself; without it only a chat template counts
     tokenizer_config.json     special tokens, and in older folders the chat template
     special_tokens_map.json, added_tokens.json
-    chat_template.jinja, chat_template.json
+    chat_template.jinja, chat_template.json, additional_chat_templates/*.jinja
 
 Nothing else is read: no code, no pickle, no sentencepiece model. What the files mean, and whether that
 is anything but the base model's, `models.own_tokenizers` knows.
@@ -25,6 +25,8 @@ SPECIAL_NAME = "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
 TEMPLATE_NAME = "chat_template.jinja"
 OLD_TEMPLATE_NAME = "chat_template.json"
+MORE_TEMPLATES = "additional_chat_templates"
+MOST_TEMPLATES = 16
 
 MOST_BYTES = {
     TOKENIZER_NAME: 64 << 20,
@@ -72,9 +74,11 @@ class TokenizerFiles:
 class OwnTokenizer:
     """A tokenizer with a chat template that is not the base model's.
 
-    `key` is equal for equal ones; `text` is the `models.text.TextProcessor` that has both."""
+    `key` is equal for those that do the same, `content` for those of equal files; `text` is the
+    `models.text.TextProcessor` that has both."""
 
     key: str
+    content: str
     text: Any = field(repr=False)
 
 
@@ -118,7 +122,7 @@ def read_tokenizer_files(folder: Path) -> tuple[TokenizerFiles | None, list[str]
     config, reasons = _object(files, CONFIG_NAME)
     for name in (SPECIAL_NAME, ADDED_NAME):
         reasons += _object(files, name)[1]
-    template, template_reasons = _template(files, config)
+    template, template_reasons = _template(files, config, folder / MORE_TEMPLATES)
     reasons += template_reasons
     if reasons or (template is None and TOKENIZER_NAME not in files):
         return None, reasons
@@ -148,29 +152,54 @@ def _object(files: Mapping[str, bytes], name: str) -> tuple[dict[str, Any], list
 
 
 def _template(
-    files: Mapping[str, bytes], config: Mapping[str, Any]
+    files: Mapping[str, bytes], config: Mapping[str, Any], more: Path
 ) -> tuple[Template | None, list[str]]:
-    """The chat template: a file goes before the configuration, as in transformers."""
-    if TEMPLATE_NAME in files:
+    """The chat template: a file goes before the configuration, as in transformers. `more` is the folder
+    of further files."""
+    if files.get(TEMPLATE_NAME):
+        found, reasons = _further(more)
         try:
-            text = files[TEMPLATE_NAME].decode("utf-8")
-            return text.replace("\r\n", "\n").replace("\r", "\n"), []  # as a text file is read
+            text = _text(files[TEMPLATE_NAME])
         except UnicodeDecodeError:
-            return None, [f"{TEMPLATE_NAME} is no UTF-8"]
+            return None, [*reasons, f"{TEMPLATE_NAME} is no UTF-8"]
+        return ({**found, "default": text} if found else text), reasons
     older, reasons = _object(files, OLD_TEMPLATE_NAME)
     if reasons:
         return None, reasons
     for name, place in ((OLD_TEMPLATE_NAME, older), (CONFIG_NAME, config)):
         value = place.get("chat_template")
-        if value is None or isinstance(value, str):
-            if value is not None:
-                return value, []
+        if not value:
             continue
+        if isinstance(value, str):
+            return value, []
         named = _by_name(value)
         if named is None:
             return None, [f"the chat_template of {name} is no text, and no list of named ones"]
         return named, []
     return None, []
+
+
+def _further(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Templates beside the default one, by name."""
+    found: dict[str, str] = {}
+    try:
+        paths = sorted(folder.glob("*.jinja")) if folder.is_dir() else []
+        if len(paths) > MOST_TEMPLATES:
+            return {}, [f"{MORE_TEMPLATES} has more than {MOST_TEMPLATES} files"]
+        for path in paths:
+            if (data := _read(path, MOST_BYTES[TEMPLATE_NAME])) is not None:
+                found[path.stem] = _text(data)
+    except UnicodeDecodeError:
+        return {}, [f"{MORE_TEMPLATES} has a file that is no UTF-8"]
+    except (OSError, ValueError) as error:
+        said = error if isinstance(error, ValueError) else "cannot be read"
+        return {}, [f"a file of {MORE_TEMPLATES} {said}"]
+    return found, []
+
+
+def _text(data: bytes) -> str:
+    """As a text file is read."""
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _by_name(value: Any) -> dict[str, str] | None:

@@ -39,9 +39,11 @@ LEFT_OUT = ("auto_map", "chat_template", "tokenizer_class", "init_inputs", "name
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What was found out about the files of a tokenizer: `same` as the base model's in effect, and its
-    tokens (id, text) that the base model's lacks, the last ids in front."""
+    """What was found out about the files of a tokenizer: a `print` that is equal for those that do the
+    same, whether it is the `same` as the base model's, and its tokens (id, text) that the base model's
+    lacks, the last ids in front."""
 
+    print: str
     same: bool
     own_tokens: tuple[tuple[int, str], ...] = ()
 
@@ -56,7 +58,6 @@ class OwnTokenizers:
         self._takes_media = takes_media
         self._lock = threading.Lock()  # the same files are read once
         self._base: TextProcessor | None = None
-        self._base_print = ""
         self._seen: OrderedDict[tuple[str, bool], _Seen] = OrderedDict()
         self._tokenizers: WeakValueDictionary[str, PreTrainedTokenizerBase] = WeakValueDictionary()
         self._texts: WeakValueDictionary[str, TextProcessor] = WeakValueDictionary()
@@ -67,16 +68,16 @@ class OwnTokenizers:
             base = self._base = self._base or self._get_base()
             template = None if self._is_base_template(files.template) else files.template
             reasons = [] if template is None else reasons_of_template(template)
-            tokenizer = None
+            tokenizer, print_of_it = None, ""
             if files.has_tokenizer:
                 uses_pad = _mentions_pad(template or base.template)
-                tokenizer, more = self._tokenizer(files, size, uses_pad)
+                tokenizer, print_of_it, more = self._tokenizer(files, size, uses_pad)
                 reasons += more
             else:
                 reasons += self._unread(files)
             if reasons or (tokenizer is None and template is None):
                 return None, reasons
-            return self._combined(files, tokenizer, template), []
+            return self._combined(files, tokenizer, print_of_it, template), []
 
     # --- under the lock ------------------------------------------------------------------------
 
@@ -87,48 +88,60 @@ class OwnTokenizers:
 
     def _is_base_template(self, template: Template | None) -> bool:
         base = self._of_base
-        return template is None or template in (base.chat_template, base.tokenizer.chat_template)
+        known = [base.chat_template, base.tokenizer.chat_template]
+        # Of several, a folder that was downloaded has the default one alone.
+        known += [one.get("default") for one in known if isinstance(one, Mapping)]
+        return template is None or template in known
 
     def _tokenizer(
         self, files: TokenizerFiles, size: int, uses_pad: bool
-    ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-        """The tokenizer if it is not the base model's in effect, or every reason against it."""
+    ) -> tuple[PreTrainedTokenizerBase | None, str, list[str]]:
+        """The tokenizer, and its print, if it is not the base model's in effect; or every reason against
+        it."""
         key = files.tokenizer_hash()
-        tokenizer = self._tokenizers.get(key)
         seen = self._seen.get((key, uses_pad))
+        tokenizer = None if seen is None else self._tokenizers.get(seen.print)
         if seen is None or not (seen.same or tokenizer is not None):
             try:
-                tokenizer = tokenizer or _load(files, self._of_base)
+                tokenizer = _load(files, self._of_base)
             except ValueError as error:
-                return None, [f"{TOKENIZER_NAME} is no tokenizer: {error}"]
+                return None, "", [f"{TOKENIZER_NAME} is no tokenizer: {error}"]
             seen = self._look_at(tokenizer, uses_pad)
             self._seen[key, uses_pad] = seen
             if len(self._seen) > MOST_SEEN:
                 self._seen.popitem(last=False)
         if seen.same or tokenizer is None:
-            return None, []
+            return None, "", []
         if self._takes_media:
-            return None, [
-                "a tokenizer of its own is not served with a model that takes media, whose processor "
-                "has one; a chat template of its own is"
-            ]
+            return (
+                None,
+                "",
+                [
+                    "a tokenizer of its own is not served with a model that takes media: its processor "
+                    "has one; a chat template of its own is served"
+                ],
+            )
         outside = [f"{text!r} ({number})" for number, text in seen.own_tokens if number >= size]
         if outside:
             more = " and more" if len(outside) > SHOWN else ""
-            return None, [
-                f"its tokenizer has {', '.join(outside[:SHOWN])}{more}, outside its vocabulary "
-                f"of {size}: save it with the embedding that was resized"
-            ]
-        self._tokenizers[key] = tokenizer
-        return tokenizer, []
+            return (
+                None,
+                "",
+                [
+                    f"its tokenizer has {', '.join(outside[:SHOWN])}{more}, outside its vocabulary "
+                    f"of {size}: save it with the embedding that was resized"
+                ],
+            )
+        return self._tokenizers.setdefault(seen.print, tokenizer), seen.print, []
 
     def _look_at(self, tokenizer: PreTrainedTokenizerBase, uses_pad: bool) -> _Seen:
         base = self._of_base.tokenizer
-        if _print_of(tokenizer, uses_pad) == _print_of(base, uses_pad):
-            return _Seen(same=True)
+        own_print = _print_of(tokenizer, uses_pad)
+        if own_print == _print_of(base, uses_pad):
+            return _Seen(own_print, same=True)
         known = base.get_vocab()
         own = [(number, t) for t, number in tokenizer.get_vocab().items() if known.get(t) != number]
-        return _Seen(False, tuple(sorted(own, reverse=True)[:MOST_OWN]))
+        return _Seen(own_print, False, tuple(sorted(own, reverse=True)[:MOST_OWN]))
 
     def _unread(self, files: TokenizerFiles) -> list[str]:
         """Why a folder without the tokenizer itself cannot do with the base model's."""
@@ -148,17 +161,21 @@ class OwnTokenizers:
         self,
         files: TokenizerFiles,
         tokenizer: PreTrainedTokenizerBase | None,
+        print_of_it: str,
         template: Template | None,
     ) -> OwnTokenizer:
-        parts = [files.tokenizer_hash() if tokenizer is not None else ""]
-        parts += [files.template_hash() if template is not None else ""]
-        key = hashlib.sha256("|".join(parts).encode()).hexdigest()
+        of_template = files.template_hash() if template is not None else ""
+        of_files = files.tokenizer_hash() if tokenizer is not None else ""
+        key, content = (
+            hashlib.sha256(f"{part}|{of_template}".encode()).hexdigest()
+            for part in (print_of_it, of_files)
+        )
         text = self._texts.get(key)
         if text is None:
             base = self._of_base
             text = TextProcessor(tokenizer or base.tokenizer, template or base.template)
             self._texts[key] = text
-        return OwnTokenizer(key, text)
+        return OwnTokenizer(key, content, text)
 
 
 def reasons_of_template(template: Template) -> list[str]:
@@ -209,7 +226,7 @@ def _load(files: TokenizerFiles, base: TextProcessor) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def _print_of(tokenizer: PreTrainedTokenizerBase, uses_pad: bool) -> tuple[str, ...]:
+def _print_of(tokenizer: PreTrainedTokenizerBase, uses_pad: bool) -> str:
     """Equal for tokenizers that do the same: how they cut and write, and the special tokens that end
     answers and that templates see."""
     backend = backend_of(tokenizer)
@@ -221,11 +238,8 @@ def _print_of(tokenizer: PreTrainedTokenizerBase, uses_pad: bool) -> tuple[str, 
         for name, token in tokenizer.special_tokens_map.items()
         if name != "pad_token" or uses_pad
     }
-    return (
-        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        json.dumps(special, sort_keys=True),
-        str(getattr(tokenizer, "split_special_tokens", False)),
-    )
+    shown = json.dumps([special, getattr(tokenizer, "split_special_tokens", False)], sort_keys=True)
+    return hashlib.sha256(f"{shown}{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _one_line(error: BaseException) -> str:
