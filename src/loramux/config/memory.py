@@ -17,6 +17,7 @@ from loramux.config.graphs import (
     GPU_STEP,
     REREAD_POSITIONS,
     active_buckets,
+    affine_buckets,
     row_buckets,
     sizes_to_capture,
 )
@@ -225,11 +226,17 @@ def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
     if (lora := config.lora) is None:
         return len(sizes)
     under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
-    places = 1 + (len(row_buckets(pool_rows(lora, facts.row_granule))) if under_weight else 0)
+    buckets = row_buckets(pool_rows(lora, facts.row_granule)) if under_weight else []
+    places = 1 + len(buckets)
     bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
     outer = int(lora.changes_vocabulary and facts.widths.fused)
-    more = 1 + outer  # with gains and shifts; and with vocabularies of their own
-    return sum(1 + places * (1 + more + sum(bound <= size for bound in bounds)) for size in sizes)
+    return sum(
+        1
+        + places * (1 + outer + sum(bound <= size for bound in bounds))
+        + 1
+        + len(affine_buckets(buckets, size, config.max_num_seqs))
+        for size in sizes
+    )
 
 
 def _lora_itemsize(lora: LoRAConfig, facts: ModelFacts) -> int:
