@@ -68,6 +68,7 @@ def make_work(
         member_ranks=int32([*(ranks[p] for p in rows), 2**30]),
         rows_per_chunk=rows_per_chunk,
         max_chunks=len(chunks) + 2,
+        affine=any(r >= AFFINE for r in ranks.values()),
     )
 
 

@@ -144,7 +144,7 @@ def chunk_of(lora, index):
     word = tl.load(at + 7)
     return (
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
-        tl.load(at + 5), scale, word % FLAG, word >= FLAG,
+        tl.load(at + 5), scale, word & (FLAG - 1), word >= FLAG,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def member_after(lora, p, member, stop):
         p + tl.load(lora.member_rows + member + 1, mask=more, other=0) - here,
         tl.load(lora.member_columns + member + 1, mask=more, other=0),
         tl.load(lora.member_scales + member + 1, mask=more, other=0.0),
-        word % FLAG,
+        word & (FLAG - 1),
         word >= FLAG,
     )
 
