@@ -164,7 +164,7 @@ def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
     """Bytes of the rank-row pool, `max_loras * max_lora_rank` rows of every module with places for
     gains and shifts, and of the tables that adapters' own vocabularies take beside it."""
     rows = pool_rows(lora, facts.row_granule)
-    places = ((rows - 1) >> affine_shift(lora, facts.row_granule)) + 1
+    places = -(-rows // place_rows(lora, facts.row_granule))
     elements = rows * facts.adapter_elements_per_row + 2 * places * facts.adapter_outputs
     return elements * _lora_itemsize(lora, facts) + vocabulary_bytes(lora, facts)
 
@@ -195,11 +195,11 @@ def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
     return lora.max_lora_rank + -lora.max_lora_rank % granule
 
 
-def affine_shift(lora: LoRAConfig, granule: int = 1) -> int:
-    """log2 of the pool rows that share a place for gains and shifts: 16, where so many divide the rows
-    of the largest adapter."""
+def place_rows(lora: LoRAConfig, granule: int = 1) -> int:
+    """Pool rows that share a place for gains and shifts: 16, or the next number that divides the rows of
+    the largest adapter."""
     rows = pool_rank(lora, granule)
-    return (min(ROW_STEP, rows & -rows)).bit_length() - 1
+    return next(n for n in range(min(ROW_STEP, rows), rows + 1) if rows % n == 0)
 
 
 def _encoder_bytes(config: EngineConfig, facts: ModelFacts) -> int:
