@@ -79,7 +79,7 @@ def watched(llm: LLM) -> Submitted:
 
     def note(request_id: str, prompt: Any, params: SamplingParams, uses: Any) -> None:
         submitted.append((prompt, list(uses)))
-        submit(request_id, getattr(prompt, "token_ids", prompt), params, uses)
+        return submit(request_id, getattr(prompt, "token_ids", prompt), params, uses)
 
     llm.engine.submit = note  # type: ignore[method-assign]
     return submitted

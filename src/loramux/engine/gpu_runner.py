@@ -336,7 +336,8 @@ class GpuRunner(Runner):
 
         Writes to blocks that nobody has yet."""
         rows, most, graphs = trial_rows(self.block_size), self.config.max_num_seqs, self._graphs
-        if graphs is None or len(rows) > most or rows[-1].block_table[-1] >= self.num_blocks:
+        fits = rows[-1].block_table[-1] < self.num_blocks and self._mixed.fits(rows)
+        if graphs is None or len(rows) > most or not fits:
             return
         launch = partial(self._run_eagerly, choice=None)
         failing = failing_sizes(graphs, rows, self.block_size, launch, self._replay, most)
