@@ -101,7 +101,7 @@ def lora_oracle(
                     dense[lo:hi] += scale * site.row_scale[s, p].double() * (up.T @ down)
             wanted[span] += x[span].double() @ dense.T
             if p in segments.affine_rows:
-                gain, shift = site.affine[:, p >> site.affine_shift].double()
+                gain, shift = site.affine[:, p // site.place_rows].double()
                 wanted[span] = wanted[span] * (1 + gain) + shift
     return wanted
 

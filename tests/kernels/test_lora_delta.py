@@ -59,7 +59,7 @@ def test_gains_and_shifts_come_in_turn(ops: Backend, dtype: torch.dtype) -> None
     site = make_site((0, 48, 64, 101), 75, ADAPTERS, dtype, untouched=((1, 9),))
     affine = torch.full((2, site.b.shape[0], 101), NAN).to(dtype)
     affine[:, [2, 9]] = torch.randn(2, 2, 101).to(dtype)
-    site = replace(site, affine=affine, affine_shift=0)
+    site = replace(site, affine=affine, place_rows=1)
     spans = replace(make_segments(SPANS), affine_rows=frozenset({2, 9}))
     x, y = torch.randn(123, 75).to(dtype), torch.randn(123, 101).to(dtype)
     wanted, before = lora_oracle(y, x, site, spans), y.clone()

@@ -227,7 +227,7 @@ def test_products_take_the_deltas_along(tile: GroupedTile, dtype: torch.dtype, d
     x, weight = torch.randn(rows, 48).to(dtype), torch.randn(experts, 72, 48).to(dtype) / 7
     h = torch.randn(parts, rows, WIDTH) / 4
     wide = [tensor.double() for tensor in (x, weight)]
-    site64 = replace(site, a=site.a.double(), b=site.b.double())
+    site64 = replace(site, a=site.a.double(), b=site.b.double(), affine=site.affine.double())
     h64 = h.sum(0, keepdim=True).to(dtype).double()
     wanted = reference.grouped_linear(
         *(wide[0], wide[1], routing.ends, Expand(site64, h64, routing.work))

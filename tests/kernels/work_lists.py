@@ -68,6 +68,7 @@ def make_work(
         member_ranks=int32([*(ranks[p] for p in rows), 2**30]),
         rows_per_chunk=rows_per_chunk,
         max_chunks=len(chunks) + 2,
+        affine=any(r >= AFFINE for r in ranks.values()),
     )
 
 
@@ -119,7 +120,7 @@ def make_case(
     """`adapters` are (first pool row, rank), `untouched` (slice, first pool row). `under`: the A
     matrices stand where they would under a base weight, and so do the columns of `h`."""
     site = make_site(slice_starts, features, adapters, dtype, untouched)
-    site = replace(site, affine=make_affine(site, adapters), affine_shift=0)
+    site = replace(site, affine=make_affine(site, adapters), place_rows=1)
     ranks = {p: r + (AFFINE if p in affine_of(adapters) else 0) for p, r in adapters}
     if under:
         stacked = site.a.transpose(0, 1).contiguous()  # [R, S, in]
@@ -153,7 +154,7 @@ def site_to(site: LoRASite, device: str) -> LoRASite:
         site.row_scale.to(device),
         site.experts,
         site.affine.to(device),
-        site.affine_shift,
+        site.place_rows,
     )
 
 

@@ -117,7 +117,9 @@ def save_adapter(
     peft_model = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(0.6 + torch.rand_like(parameter))
+            elif "lora_" in name:
                 parameter.normal_(0, 0.15)
     peft_model.save_pretrained(folder)
     return folder

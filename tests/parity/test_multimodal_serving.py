@@ -149,3 +149,26 @@ def test_the_same_image_behind_another_text_is_encoded_once(case: Case) -> None:
         stats.append(case.llm.engine.stats())
     assert [a.outputs[0].token_ids for a in answers] == [case.wanted(ask) for ask in asks]
     assert stats[1].media_hits - stats[0].media_hits == len(prompts)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_dora_on_every_part_answers_as_transformers_does(tmp_path: Path, name: str) -> None:
+    folder = save_model(tmp_path / "model", name)
+    adapters = {
+        f"{part} {kind}": save_adapter(
+            folder, tmp_path / f"{part}-{kind}", part, seed=seed, use_dora=kind == "dora"
+        )
+        for seed, part in enumerate(FAMILIES[name].parts)
+        for kind in ("dora", "plain")
+    }
+    with served(name, folder) as llm:
+        case = Case(name, llm, MediaOracle(folder, adapters), adapters)
+        prompts = case.oracle.family.prompts
+        text = f"say {' and '.join(prompts.values())} now"
+        asks = [Ask(text, media_of(prompts, 1), {part: 1.0}) for part in adapters]
+        asks += [Ask(text, media_of(prompts, 1), {})]
+        asks += [Ask(text, media_of(prompts, 2), {"tower plain": 0.5, "tower dora": 1.0})]
+        answers = case.answers(asks)
+        for ask, answer in zip(asks, answers, strict=True):
+            assert answer.outputs[0].token_ids == case.wanted(ask), ask.composition
+        llm.engine.check_integrity()

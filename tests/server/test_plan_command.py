@@ -50,7 +50,7 @@ def test_llama_on_an_h200(
     assert "15.0 GiB" in table and "102.5 GiB" in table and "no adapters" in table
     assert main([*line, "--adapters", "64", "--rank", "8"]) == 0
     table = capsys.readouterr().out
-    assert "64 adapters of rank 8: 512 rows" in table and "2.5 GiB" in table
+    assert "64 adapters of rank 8: 512 rows" in table and "2.8 GiB" in table
     assert main([*line, "--kv-cache-memory", "130GiB"]) == 2
     assert "does not fit" in capsys.readouterr().err
     assert main(["plan", llama_8b, "--device-memory", "16GB"]) == 2
@@ -97,6 +97,7 @@ def test_it_tells_what_each_of_several_ranks_then_finds(
         sites = llm.engine.runner.attached.sites
         pools = [p for s in sites for p in (s.site, s.dealt_site) if p is not None]
         pool = sum(p.a.nbytes + p.b.nbytes for p in pools)
+        pool += sum(s.affine.nbytes for s in sites)  # places for gains and shifts
     assert planned.num_ranks == found.num_ranks == size
     assert planned.needs == found.needs
     assert planned.needs.pool == pool
@@ -119,7 +120,8 @@ def test_llama_on_several_gpus(
 
     for size in (2, 8):
         assert each(size, False).weight_bytes == pytest.approx(whole.weight_bytes / size, rel=0.02)
-        assert each(size, True).needs.pool == whole.needs.pool // size
+        # Gains and shifts of row layers are whole on each rank.
+        assert each(size, True).needs.pool == pytest.approx(whole.needs.pool / size, rel=0.15)
         assert whole.needs.pool // size < each(size, False).needs.pool < whole.needs.pool
         assert each(size, False).kv_bytes_per_token == whole.kv_bytes_per_token // size
     # 8 KV heads on 16 ranks: each on two.

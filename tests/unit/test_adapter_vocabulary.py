@@ -202,7 +202,12 @@ REFUSALS: list[tuple[str, Edit, dict[str, Any], str]] = [
     ("copies", lambda t: t.update({f"{E}.weight": torch.ones(VOCAB, 63)}), {}, "['any', 64]"),
     ("copies", lambda t: t.update({f"{E}.weight": torch.ones(VOCAB, 64)}), {}, "rows of the voc"),
     ("copies", lambda t: t.update({f"{E}.weight": torch.ones(VOCAB + 1, 64)}), {}, "sizes"),
-    ("copies", lambda t: t.update({f"{E}.bias": torch.ones(VOCAB)}), {}, "is no lora_A.weight"),
+    (
+        "copies",
+        lambda t: t.update({f"{E}.bias": torch.ones(VOCAB)}),
+        {},
+        "binds to no linear layer",
+    ),
     ("copies", lambda t: None, {"modules_to_save": ["embed_tokens", "norm"]}, "'norm'"),
     ("copies", lambda t: None, {"ensure_weight_tying": "yes"}, "must be true or false"),
 ]

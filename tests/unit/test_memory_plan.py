@@ -113,13 +113,17 @@ def test_graphs_are_counted_as_they_are_captured() -> None:
     assert graph_sizes(9, 300) == [1, 2, 4, 8, 9, 16, 32, 64, 128, 256]
     assert graph_sizes(1000, 8192)[-4:] == [480, 512, 768, 1024]
     assert graph_sizes(1, 4) == [1]
-    # None, and with adapters in a kernel of their own or 16 rows in the product.
-    assert count(cudagraph_capture_sizes=[1, 8], lora=LoRAConfig()) == 2 * 3
+    # None, and with adapters in a kernel of their own or 16 rows in the product; both again for DoRA.
+    assert count(cudagraph_capture_sizes=[1, 8], lora=LoRAConfig()) == 2 * 5
     float32 = LoRAConfig(lora_dtype="float32")
-    assert count(cudagraph_capture_sizes=[1, 8], lora=float32) == 2 * 2
+    assert count(cudagraph_capture_sizes=[1, 8], lora=float32) == 2 * 3
+    # Steps with prompts, and pools of more than 128 rows, take no rows along there.
+    assert count(cudagraph_capture_sizes=[512], lora=LoRAConfig()) == 4
+    large = LoRAConfig(max_loras=32)
+    assert count(cudagraph_capture_sizes=[8], lora=large) == 1 + (1 + 6) + (1 + 1)
     active = LoRAConfig(max_loras=4, specialize_active_lora=True)
     # Pools of 16, 32 and 64 rows or none; up to any number, 1, 2 and 4 adapters.
-    expected = (1 + 4 * 2) + (1 + 4 * 4)
+    expected = (1 + 4 * 2 + 2) + (1 + 4 * 4 + 2)
     assert count(cudagraph_capture_sizes=[1, 8], lora=active) == expected
 
 
@@ -272,7 +276,8 @@ def test_bodies_are_counted_as_they_are_captured() -> None:
         config = resolve(_config(cudagraph_capture_sizes=sizes, lora=lora), LLAMA)
         bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
         places = [0, *row_buckets(pool_rows(lora))]
-        keys = graph_keys(sizes, places, bounds, outer=True)
+        most = config.max_num_seqs
+        keys = graph_keys(sizes, places, bounds, sequences=most, outer=True)
         assert len(set(keys)) == num_graphs(config, LLAMA)
 
 

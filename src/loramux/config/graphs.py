@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 LARGEST = 1024  # tokens; launching the kernels of larger steps hides behind their work
 LARGEST_DECODE = 512  # sequences that decode together, with a size close to every number of them
 GPU_STEP = 8192  # tokens of the largest step on a GPU, if nothing else is asked for
 REREAD_POSITIONS = 1 << 19  # see `engine/singles.py`
 REREAD_BYTES = 40 << 30  # out of the L2 cache mostly; 12 ms at 3.5 TB/s
+MOST_AFFINE_ROWS = 128
 PROMPT_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, LARGEST)
 
 
@@ -32,6 +35,14 @@ def active_buckets(max_loras: int) -> list[int]:
     return sorted(
         {1 << i for i in range(max_loras.bit_length()) if 1 << i < max_loras} | {max_loras}
     )
+
+
+def affine_buckets(buckets: Sequence[int], tokens: int, sequences: int) -> list[int]:
+    """Of `buckets` those for steps of `tokens` tokens in which adapters have gains and shifts: few,
+    since each is a graph more. At most one, and none where the step is more than a token of each of up
+    to `sequences` sequences."""
+    small = [rows for rows in buckets if rows <= MOST_AFFINE_ROWS]
+    return small[-1:] if tokens <= sequences else []
 
 
 def row_buckets(rows: int) -> list[int]:

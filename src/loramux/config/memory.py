@@ -17,6 +17,7 @@ from loramux.config.graphs import (
     GPU_STEP,
     REREAD_POSITIONS,
     active_buckets,
+    affine_buckets,
     row_buckets,
     sizes_to_capture,
 )
@@ -163,7 +164,7 @@ def adapter_pool_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
     """Bytes of the rank-row pool, `max_loras * max_lora_rank` rows of every module with places for
     gains and shifts, and of the tables that adapters' own vocabularies take beside it."""
     rows = pool_rows(lora, facts.row_granule)
-    places = ((rows - 1) >> affine_shift(lora, facts.row_granule)) + 1
+    places = -(-rows // place_rows(lora, facts.row_granule))
     elements = rows * facts.adapter_elements_per_row + 2 * places * facts.adapter_outputs
     return elements * _lora_itemsize(lora, facts) + vocabulary_bytes(lora, facts)
 
@@ -194,11 +195,11 @@ def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
     return lora.max_lora_rank + -lora.max_lora_rank % granule
 
 
-def affine_shift(lora: LoRAConfig, granule: int = 1) -> int:
-    """log2 of the pool rows that share a place for gains and shifts: 16, where so many divide the rows
-    of the largest adapter."""
+def place_rows(lora: LoRAConfig, granule: int = 1) -> int:
+    """Pool rows that share a place for gains and shifts: 16, or the next number that divides the rows of
+    the largest adapter."""
     rows = pool_rank(lora, granule)
-    return (min(ROW_STEP, rows & -rows)).bit_length() - 1
+    return next(n for n in range(min(ROW_STEP, rows), rows + 1) if rows % n == 0)
 
 
 def _encoder_bytes(config: EngineConfig, facts: ModelFacts) -> int:
@@ -225,11 +226,17 @@ def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
     if (lora := config.lora) is None:
         return len(sizes)
     under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
-    places = 1 + (len(row_buckets(pool_rows(lora, facts.row_granule))) if under_weight else 0)
+    buckets = row_buckets(pool_rows(lora, facts.row_granule)) if under_weight else []
+    places = 1 + len(buckets)
     bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
     outer = int(lora.changes_vocabulary and facts.widths.fused)
-    more = 1 + outer  # with gains and shifts; and with vocabularies of their own
-    return sum(1 + places * (1 + more + sum(bound <= size for bound in bounds)) for size in sizes)
+    return sum(
+        1
+        + places * (1 + outer + sum(bound <= size for bound in bounds))
+        + 1
+        + len(affine_buckets(buckets, size, config.max_num_seqs))
+        for size in sizes
+    )
 
 
 def _lora_itemsize(lora: LoRAConfig, facts: ModelFacts) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from loramux.adapters.weights import AdapterWeights
 from loramux.config import EngineConfig, ModelFacts
+from loramux.config.graphs import affine_buckets
 from loramux.config.memory import captured_sizes, pool_rank
 from loramux.engine.attention_plans import attention_batch, make_planner
 from loramux.engine.choosers import make_chooser, side_stream
@@ -138,7 +139,11 @@ class GpuRunner(Runner):
     def _choose_lora(self, runs: Sequence[Run], tokens: int) -> LoRAChoice | None:
         if self._chooser is None or not any(run.members for run in runs):
             return None
-        return self._chooser.choose(runs, self._ranks, tokens)
+        buckets = None
+        if have_members(runs, self._affine_rows):
+            size = (self._graphs and self._graphs.size_for(tokens)) or tokens
+            buckets = affine_buckets(self._chooser.buckets, size, self.config.max_num_seqs)
+        return self._chooser.choose(runs, self._ranks, tokens, buckets)
 
     def _fill(
         self,
@@ -241,11 +246,8 @@ class GpuRunner(Runner):
         if self.decoder is None:
             return None
         if self._logits_place is None:  # once: graphs hold its address
-            model, head = self.attached.model, self.decoder.head
-            self._logits_place = SharedLogits(
-                *(self.config.max_num_seqs, int(head.out_features)),  # type: ignore[arg-type]
-                *(model.dtype, self._device),
-            )
+            most, dtype = self.config.max_num_seqs, self.attached.model.dtype
+            self._logits_place = SharedLogits.of(self.decoder.head, most, dtype, self._device)
         return self._logits_place.first(count)  # [count, V]
 
     def _capture(self) -> StepGraphs | None:
@@ -260,8 +262,9 @@ class GpuRunner(Runner):
 
     def _graph_keys(self, sizes: Sequence[int]) -> list[GraphKey]:
         places = [] if self._chooser is None else [0, *self._chooser.buckets]
-        keys = graph_keys(sizes, places, self._active, outer=self._outer is not None)
-        return [key.keeping(self.config.max_num_seqs) for key in keys]
+        most, outer = self.config.max_num_seqs, self._outer is not None
+        keys = graph_keys(sizes, places, self._active, sequences=most, outer=outer)
+        return [key.keeping(most) for key in keys]
 
     # --- other steps ---------------------------------------------------------------------------
 
@@ -333,7 +336,8 @@ class GpuRunner(Runner):
 
         Writes to blocks that nobody has yet."""
         rows, most, graphs = trial_rows(self.block_size), self.config.max_num_seqs, self._graphs
-        if graphs is None or len(rows) > most or rows[-1].block_table[-1] >= self.num_blocks:
+        fits = rows[-1].block_table[-1] < self.num_blocks and self._mixed.fits(rows)
+        if graphs is None or len(rows) > most or not fits:
             return
         launch = partial(self._run_eagerly, choice=None)
         failing = failing_sizes(graphs, rows, self.block_size, launch, self._replay, most)

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from loramux.config.graphs import affine_buckets
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,17 +45,23 @@ class GraphKey:
 
 
 def graph_keys(
-    sizes: Sequence[int], places: Sequence[int], bounds: Sequence[int], *, outer: bool
+    sizes: Sequence[int],
+    places: Sequence[int],
+    bounds: Sequence[int],
+    *,
+    sequences: int,
+    outer: bool,
 ) -> list[GraphKey]:
     """All that are captured: without adapters; and with them (`places`: numbers of pool rows in the base
     product, none where no adapters are served) for any number of compositions and for each of
-    `bounds`, once more for those with gains and shifts, and, with `outer`, for those that change the
-    vocabulary, which may have them as well."""
+    `bounds`, for some places once more for those with gains and shifts, and, with `outer`, for those
+    that change the vocabulary, which may have them as well. `sequences` may decode together."""
     keys = [GraphKey(size) for size in sizes]
     for size in sizes:
+        affine = [0, *affine_buckets(places[1:], size, sequences)]
         for rows in places:
             keys += [GraphKey(size, True, rows, n) for n in [0, *bounds] if n <= size]
-            keys += [GraphKey(size, True, rows, affine=True)]
+            keys += [GraphKey(size, True, rows, affine=True)] if rows in affine else []
             keys += [GraphKey(size, True, rows, affine=True, outer=True)] if outer else []
     return keys
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
 class SharedLogits:
@@ -12,6 +13,13 @@ class SharedLogits:
 
     def __init__(self, rows: int, size: int, dtype: torch.dtype, device: torch.device):
         self._place = torch.empty(rows, size, dtype=dtype, device=device)  # [B, V]
+
+    @classmethod
+    def of(
+        cls, head: nn.Module, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> SharedLogits:
+        """For the logits that `head` makes."""
+        return cls(rows, int(head.out_features), dtype, device)  # type: ignore[arg-type]
 
     def first(self, rows: int) -> torch.Tensor | None:
         """The place of a step of so many rows [rows, V]; None for one row, whose product is a kernel

@@ -45,8 +45,14 @@ class LoRAChooser:
         self.buckets = tuple(buckets)
         self._costs = costs
 
-    def choose(self, runs: Sequence[Run], ranks: Mapping[int, int], tokens: int) -> LoRAChoice:
-        """`ranks` maps an adapter's first pool row to its rank rows."""
+    def choose(
+        self,
+        runs: Sequence[Run],
+        ranks: Mapping[int, int],
+        tokens: int,
+        buckets: Sequence[int] | None = None,
+    ) -> LoRAChoice:
+        """`ranks` maps an adapter's first pool row to its rank rows; `buckets`: these of all alone."""
         needed = active = width = 0
         pooled: dict[Members, list[int]] = {}
         for run in runs:
@@ -59,7 +65,9 @@ class LoRAChooser:
                 pooled[run.members] = columns
                 active += column
                 width = max(width, column)
-        bucket = next((b for b in self.buckets if b >= needed), None)
+        bucket = next(
+            (b for b in (self.buckets if buckets is None else buckets) if b >= needed), None
+        )
         if bucket is not None and (
             self._costs.in_product(tokens, bucket) <= self._costs.in_kernel(tokens, active)
         ):

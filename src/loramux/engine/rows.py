@@ -14,8 +14,13 @@ from loramux.engine.sequence import Sequence
 def make_rows(scheduled: Mapping[Sequence, int], *, see_whole: bool) -> list[Row]:
     """The rows of a step, in which rows with equal members are neighbours."""
     rows = [make_row(s, count, see_whole=see_whole) for s, count in scheduled.items()]
-    rows.sort(key=lambda row: (row.members, row.sequence_id))
+    rows.sort(key=by_members)
     return rows
+
+
+def by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:
+    """The order of rows in a step."""
+    return row.members, row.sequence_id
 
 
 def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:

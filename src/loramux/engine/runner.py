@@ -14,7 +14,7 @@ import torch
 from loramux.adapters.shards import cut_adapter, dealt_rows
 from loramux.adapters.weights import AdapterWeights, StoredExperts, Vectors
 from loramux.config import EngineConfig, ModelFacts, num_blocks, plan_memory
-from loramux.config.memory import affine_shift, pool_rows
+from loramux.config.memory import place_rows, pool_rows
 from loramux.config.memory_advice import Part, out_of_memory
 from loramux.engine.affine import Affines
 from loramux.engine.encoder_step import EncoderStep, StepMedia
@@ -91,11 +91,11 @@ class Runner(ABC):
         if config.lora is not None:
             rows = pool_rows(config.lora, config.row_granule)
             lora_dtype = getattr(torch, config.lora.lora_dtype)
-            shift = self._affine_shift = affine_shift(config.lora, config.row_granule)
+            shared = self._place_rows = place_rows(config.lora, config.row_granule)
             self._affines = Affines(self.attached, lora_dtype, self.group.beside)
             under = self.extends_products and lora_dtype == dtype and self._deal == 1
             for site in self.attached.sites:
-                site.attach_site(rows, lora_dtype, under_weight=under, affine_shift=shift)
+                site.attach_site(rows, lora_dtype, under_weight=under, place_rows=shared)
             for experts in self.attached.experts:
                 experts.attach_sites(rows, lora_dtype)
 
@@ -146,7 +146,7 @@ class Runner(ABC):
         own, dealt = self._parts(weights)
         reading, rows = self.reading, self._rows_of(load)
         if load.ref.affine:
-            rows += -rows % (1 << self._affine_shift)  # it has whole places
+            rows += -rows % self._place_rows  # it has whole places
             self._affine_rows.add(load.first_row)
         else:
             self._affine_rows.discard(load.first_row)
@@ -226,7 +226,7 @@ class Runner(ABC):
         by_site: dict[int, list[str]] = {}
         for name in weights.affine:
             by_site.setdefault(modules[name].site, []).append(name)
-        place = load.first_row >> self._affine_shift
+        place = load.first_row // self._place_rows
         for site, merged in enumerate(self.attached.sites):
             assert merged.affine is not None
             vectors = torch.zeros(2, merged.out_features, dtype=merged.affine.dtype)  # [2, N]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loramux.adapters.pool import AdapterPool
 from loramux.config import EngineConfig
 from loramux.config.facts import EncoderFacts
-from loramux.config.memory import affine_shift
+from loramux.config.memory import place_rows
 from loramux.engine.blocks import BlockPool
 from loramux.engine.encoder_cache import EncoderCache
 from loramux.engine.fair_share import FairShare
@@ -28,7 +28,7 @@ def make_scheduler(
     granule = config.row_granule
     pool = None
     if lora is not None:
-        rows = 1 << affine_shift(lora, granule)
+        rows = place_rows(lora, granule)
         pool = AdapterPool(lora.max_loras, lora.max_lora_rank, granule, affine_rows=rows)
     room = config.encoder_cache_tokens
     cache = EncoderCache(room, limits.max_num_batched_tokens) if room else None

@@ -177,13 +177,13 @@ def _kernel_for(tokens: int, rows: int) -> Work:
     return run
 
 
-_works: dict[tuple[int, int, int], tuple[WorkList, torch.Tensor]] = {}
+_works: dict[tuple[int, ...], tuple[WorkList, torch.Tensor]] = {}
 
 
 def _even_work(tokens: int, rows: int, site: LoRASite) -> tuple[WorkList, LoRASite]:
     """A work list of `rows // 16` adapters, and the site as if they were all there."""
-    key = (tokens, rows, site.num_slices)
     device = site.a.device
+    key = (tokens, rows, *site.row_r.shape, device.index or 0)
     if key not in _works:
         adapters = max(1, min(rows // 16, tokens))
         step = chunk_rows(tokens)

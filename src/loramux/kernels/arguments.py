@@ -23,8 +23,8 @@ Activation = Literal["silu", "gelu_tanh"]
 AFFINE = 1 << 16
 """In `WorkList.member_ranks`: the adapter has gains and shifts, see `LoRASite.affine`."""
 
-ONE_PLACE = 30
-"""`LoRASite.affine_shift` where all rows of the pool share one place, which holds zeros."""
+ONE_PLACE = 1 << 30
+"""`LoRASite.place_rows` where all rows of the pool share one place, which holds zeros."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +55,11 @@ class LoRASite:
     """R is so many times a pool: row k of the pool is, for expert e, row e * (R // experts) + k."""
 
     affine: torch.Tensor = None  # type: ignore[assignment]
-    """[2, P, N], contiguous, dtype of `a`: in place p >> `affine_shift` of an adapter with first row p
+    """[2, P, N], contiguous, dtype of `a`: in place p // `place_rows` of an adapter with first row p
     what is done to the layer's output once its delta is in it: y + y * affine[0] + affine[1]. That is
     how DoRA's norms and trained biases are served. Left away: zeros, in one place for all."""
 
-    affine_shift: int = ONE_PLACE
+    place_rows: int = ONE_PLACE
 
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -84,7 +84,7 @@ def _member_delta(x: torch.Tensor, site: LoRASite, s: int, p: int, r: int) -> to
 
 def gain_and_shift(site: LoRASite, p: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the adapter in row `p`: [N] each, in `dtype`."""
-    gain, shift = site.affine[:, p >> site.affine_shift].to(dtype)  # [N], [N]
+    gain, shift = site.affine[:, p // site.place_rows].to(dtype)  # [N], [N]
     return gain, shift
 
 

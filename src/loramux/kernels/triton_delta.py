@@ -70,7 +70,7 @@ class Lora(NamedTuple):
     member_ranks: torch.Tensor  # [M]
     affine: torch.Tensor  # [2, P, N]
     affine_stride: int  # from gains to shifts
-    affine_shift: int
+    place_rows: int
 
 
 def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Lora:
@@ -91,7 +91,7 @@ def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Lora:
         work.member_ranks,
         site.affine,
         site.affine.stride(0),
-        site.affine_shift,
+        site.place_rows,
     )
 
 
@@ -144,7 +144,7 @@ def chunk_of(lora, index):
     word = tl.load(at + 7)
     return (
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
-        tl.load(at + 5), scale, word % FLAG, word >= FLAG,
+        tl.load(at + 5), scale, word & (FLAG - 1), word >= FLAG,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def member_after(lora, p, member, stop):
         p + tl.load(lora.member_rows + member + 1, mask=more, other=0) - here,
         tl.load(lora.member_columns + member + 1, mask=more, other=0),
         tl.load(lora.member_scales + member + 1, mask=more, other=0.0),
-        word % FLAG,
+        word & (FLAG - 1),
         word >= FLAG,
     )
 
@@ -242,7 +242,7 @@ def b_tile(lora, p, ranks, bound, r, columns, own, WIDTH: tl.constexpr):
 def gain_and_shift(lora, p, columns, own, WIDTH: tl.constexpr):
     """What the adapter in row `p` does to the output at `columns`: [COLS] float32 each, zeros where
     not `own`."""
-    at = lora.affine + (p >> lora.affine_shift).to(tl.int64) * WIDTH + columns
+    at = lora.affine + (p // lora.place_rows).to(tl.int64) * WIDTH + columns
     gain = tl.load(at, mask=own, other=0.0).to(tl.float32)
     shift = tl.load(at + lora.affine_stride, mask=own, other=0.0).to(tl.float32)
     return gain, shift

@@ -122,7 +122,7 @@ class MergedLinear:
         dtype: torch.dtype,
         *,
         under_weight: bool = False,
-        affine_shift: int = ONE_PLACE,
+        place_rows: int = ONE_PLACE,
     ) -> None:
         """Give this layer its part of the adapter pool: at least `rows` rank rows in `dtype`, and room
         for gains and shifts as `LoRASite` says; by default for none.
@@ -142,8 +142,8 @@ class MergedLinear:
             slice_starts=tuple(self.starts),
             row_r=torch.zeros(slices, rows, dtype=torch.int32, device=device),
             row_scale=torch.zeros(slices, rows, dtype=torch.float32, device=device),
-            affine=empty_affine(rows, affine_shift, self.out_features, dtype, device),
-            affine_shift=affine_shift,
+            affine=empty_affine(rows, place_rows, self.out_features, dtype, device),
+            place_rows=place_rows,
         )
 
     def _stack_under(self, rows: int) -> torch.Tensor:
@@ -264,10 +264,10 @@ class LinearSlice(nn.Module):
 
 
 def empty_affine(
-    rows: int, shift: int, width: int, dtype: torch.dtype, device: torch.device
+    rows: int, place_rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Room for gains and shifts of a pool of `rows` rank rows [2, P, width], see `LoRASite.affine`."""
-    places = ((rows - 1) >> shift) + 1
+    places = -(-rows // place_rows)
     return torch.zeros(2, places, width, dtype=dtype, device=device)
 
 

@@ -37,10 +37,10 @@ class RouterLinear(MergedLinear):
         dtype: torch.dtype,
         *,
         under_weight: bool = False,
-        affine_shift: int = ONE_PLACE,
+        place_rows: int = ONE_PLACE,
     ) -> None:
         """As `MergedLinear.attach_site`; A never stands under a weight that may have another type."""
-        super().attach_site(rows, dtype, affine_shift=affine_shift)
+        super().attach_site(rows, dtype, place_rows=place_rows)
 
     def pack(self) -> None:
         """A router is small, and reads its weight in a type of its own."""

@@ -88,7 +88,7 @@ class ShardedLinear(MergedLinear):
         dtype: torch.dtype,
         *,
         under_weight: bool = False,
-        affine_shift: int = ONE_PLACE,
+        place_rows: int = ONE_PLACE,
     ) -> None:
         """As `MergedLinear.attach_site`; with `fully_sharded_loras` A never stands under the weight,
         because its product has to travel before it is expanded."""
@@ -100,12 +100,12 @@ class ShardedLinear(MergedLinear):
         if self._deals:
             self.dealt_site = empty_site(slices, dealt, features, nothing, dtype, device)
         if not self._fully:
-            super().attach_site(rows, dtype, under_weight=under_weight, affine_shift=affine_shift)
+            super().attach_site(rows, dtype, under_weight=under_weight, place_rows=place_rows)
             return
-        affine = empty_affine(padded, affine_shift, self.out_features, dtype, device)
+        affine = empty_affine(padded, place_rows, self.out_features, dtype, device)
         if cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
             site = empty_site(slices, padded, 0, tuple(self.starts), dtype, device)
-            self.site = replace(site, affine=affine, affine_shift=affine_shift)
+            self.site = replace(site, affine=affine, place_rows=place_rows)
         else:  # row: A [1, R, in'], B [R, out']
             own = (0, cut.b_output.size)
             self.site = empty_site(slices, padded, self.in_features, own, dtype, device)
@@ -117,7 +117,7 @@ class ShardedLinear(MergedLinear):
                 row_r=torch.zeros_like(self.site.row_r),
                 row_scale=self.site.row_scale,
                 affine=affine,
-                affine_shift=affine_shift,
+                place_rows=place_rows,
             )
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:

@@ -79,11 +79,11 @@ class TowerLinear(MergedLinear):
         dtype: torch.dtype,
         *,
         under_weight: bool = False,
-        affine_shift: int = ONE_PLACE,
+        place_rows: int = ONE_PLACE,
     ) -> None:
         """As for other layers, but A never stands under the weight: that would make every product
         larger, with adapters or without."""
-        super().attach_site(rows, dtype, affine_shift=affine_shift)
+        super().attach_site(rows, dtype, place_rows=place_rows)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, K] -> y [T, N], and the LoRA delta that is still to be added."""
