@@ -89,7 +89,7 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(
         "--max-lora-cls-labels 9 --allowed-media-domains a.test .b.test "
         "--allowed-media-roots /m --max-media-bytes 1MiB --max-image-pixels 9 --max-video-frames 2 "
         "--max-video-pixels 99 --max-audio-s 1.5 --fetch-timeout-s 2.5 --max-redirects 0 "
-        "--encoder-cache-tokens 640"
+        "--encoder-cache-tokens 640 --lora-tokenizers base"
     )
     line = flags.split()
     line += ["--max-registered-adapters", "9", "--max-adapter-bytes", "1MiB"]
