@@ -70,9 +70,13 @@ class OwnTokenizers:
             reasons = [] if template is None else reasons_of_template(template)
             tokenizer, print_of_it = None, ""
             if files.has_tokenizer:
-                uses_pad = _mentions_pad(template or base.template)
-                tokenizer, print_of_it, more = self._tokenizer(files, size, uses_pad)
-                reasons += more
+                try:
+                    seen, tokenizer = self._look(files, _mentions_pad(template or base.template))
+                except ValueError as error:
+                    return None, [*reasons, f"{TOKENIZER_NAME} is no tokenizer: {error}"]
+                if tokenizer is not None:
+                    print_of_it = seen.print
+                    reasons += self._reasons_of(seen, size)
             else:
                 reasons += self._unread(files)
             if reasons or (tokenizer is None and template is None):
@@ -93,46 +97,40 @@ class OwnTokenizers:
         known += [one.get("default") for one in known if isinstance(one, Mapping)]
         return template is None or template in known
 
-    def _tokenizer(
-        self, files: TokenizerFiles, size: int, uses_pad: bool
-    ) -> tuple[PreTrainedTokenizerBase | None, str, list[str]]:
-        """The tokenizer, and its print, if it is not the base model's in effect; or every reason against
-        it."""
-        key = files.tokenizer_hash()
-        seen = self._seen.get((key, uses_pad))
+    def _look(
+        self, files: TokenizerFiles, uses_pad: bool
+    ) -> tuple[_Seen, PreTrainedTokenizerBase | None]:
+        """What is known of the files, and their tokenizer if it is not the base model's in effect.
+        Raises ValueError where they make none."""
+        key = (files.tokenizer_hash(), uses_pad)
+        seen = self._seen.get(key)
+        if seen is not None and seen.same:
+            return seen, None
         tokenizer = None if seen is None else self._tokenizers.get(seen.print)
-        if seen is None or not (seen.same or tokenizer is not None):
-            try:
-                tokenizer = _load(files, self._of_base)
-            except ValueError as error:
-                return None, "", [f"{TOKENIZER_NAME} is no tokenizer: {error}"]
-            seen = self._look_at(tokenizer, uses_pad)
-            self._seen[key, uses_pad] = seen
+        if seen is None or tokenizer is None:
+            tokenizer = _load(files, self._of_base)
+            seen = self._seen[key] = self._look_at(tokenizer, uses_pad)
             if len(self._seen) > MOST_SEEN:
                 self._seen.popitem(last=False)
-        if seen.same or tokenizer is None:
-            return None, "", []
+        if seen.same:
+            return seen, None
+        return seen, self._tokenizers.setdefault(seen.print, tokenizer)
+
+    def _reasons_of(self, seen: _Seen, size: int) -> list[str]:
+        """Why a tokenizer is not served with a vocabulary of `size`."""
         if self._takes_media:
-            return (
-                None,
-                "",
-                [
-                    "a tokenizer of its own is not served with a model that takes media: its processor "
-                    "has one; a chat template of its own is served"
-                ],
-            )
+            return [
+                "a tokenizer of its own is not served with a model that takes media: its processor has "
+                "one; a chat template of its own is served"
+            ]
         outside = [f"{text!r} ({number})" for number, text in seen.own_tokens if number >= size]
-        if outside:
-            more = " and more" if len(outside) > SHOWN else ""
-            return (
-                None,
-                "",
-                [
-                    f"its tokenizer has {', '.join(outside[:SHOWN])}{more}, outside its vocabulary "
-                    f"of {size}: save it with the embedding that was resized"
-                ],
-            )
-        return self._tokenizers.setdefault(seen.print, tokenizer), seen.print, []
+        if not outside:
+            return []
+        more = " and more" if len(outside) > SHOWN else ""
+        return [
+            f"its tokenizer has {', '.join(outside[:SHOWN])}{more}, outside its vocabulary of {size}: "
+            "save it with the embedding that was resized"
+        ]
 
     def _look_at(self, tokenizer: PreTrainedTokenizerBase, uses_pad: bool) -> _Seen:
         base = self._of_base.tokenizer
