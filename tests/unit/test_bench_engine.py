@@ -283,14 +283,17 @@ def test_the_header_names_no_folder_of_this_machine(tmp_path: Path) -> None:
 
 def test_decode_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--batches", "1", "2", "--adapters", "0", "2", "--repeats", "1", "--output-len", "6"]
-    assert main(["decode", *SMALL, *sizes, "--dora", "--output", str(tmp_path)]) == 0
+    assert main(["decode", *SMALL, *sizes, "--dora", "--sums", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-decode.jsonl")
     head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert head["kind"] == "header" and "loramux bench decode" in head["settings"]["command"]
     assert [row["case"] for row in rows[:2]] == ["ceilings", "start"]
     found = [
-        (r["batch"], r["adapters"], r["lora"], "dora" in r) for r in rows if r["case"] == "decode"
+        (r["batch"], r["adapters"], r["lora"], "dora" in r)
+        for r in rows
+        if r["case"] == "decode" and "members" not in r
     ]
+    assert [(r["batch"], r["adapters"]) for r in rows if r.get("members") == 2] == [(2, 2)]
     assert found == [
         *((1, 0, "off", False), (2, 0, "off", False)),
         *((1, 0, "enabled", False), (2, 0, "enabled", False), (2, 2, "enabled", False)),

@@ -27,7 +27,7 @@ from loramux.bench.sitting import (
     show,
     sit,
 )
-from loramux.bench.system import System
+from loramux.bench.system import Chosen, System
 
 WARM_UP_TOKENS = 8
 RANK_BATCHES = (8, 64)  # where --ranks compares, as far as they are among --batches
@@ -72,6 +72,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dora", action="store_true", help="also: the engine of most adapters with DoRA adapters"
+    )
+    parser.add_argument(
+        "--sums",
+        action="store_true",
+        help="also: every request under the sum of two of the adapters, of loramux alone",
     )
     add_engine(parser)
     add_output(parser)
@@ -161,6 +166,7 @@ def _job(
     tokens = options.prefill_tokens
     length = max(options.input_len + options.output_len, tokens // prefill.SEQUENCES + 1)
     sequences = max(prefill.SEQUENCES * (tokens > 0), *(batch for batch, _ in cases))
+    summed = options.sums and not dora
     marks = {"lora": "enabled", "rank": rank, **lora} if lora else {"lora": "off"}
     marks = {**marks, **({"dora": True} if dora else {})}
     return Job(
@@ -168,6 +174,7 @@ def _job(
         settings={**prefill.settings(tokens), **sitting.settings(sequences, length, **lora)},
         cases=[
             *({"batch": batch, "adapters": n} for batch, n in cases),
+            *({"batch": b, "adapters": n, "members": 2} for b, n in cases if n > 1 and summed),
             *prefill.cases(tokens, dict.fromkeys(n for _, n in cases)),
         ],
         config=sitting.config,
@@ -195,7 +202,9 @@ def measure(job: Job, system: System, say: Say) -> Iterator[dict[str, Any]]:
             yield prefill.measure_case(job, system, case, dice)
             continue
         batch, adapters = case["batch"], case["adapters"]
-        say(f"case {number} of {len(job.cases)}: batch {batch}, {adapters} adapters")
+        summed = {"members": case["members"]} if "members" in case else {}
+        said = f"{adapters} adapters{', in sums' if summed else ''}"
+        say(f"case {number} of {len(job.cases)}: batch {batch}, {said}")
         # Graphs of this shape are captured and its adapters brought in before anything counts.
         decode_once(system, job, case, min(WARM_UP_TOKENS, length), dice)
         runs = [decode_once(system, job, case, length, dice) for _ in range(repeats)]
@@ -209,6 +218,7 @@ def measure(job: Job, system: System, say: Say) -> Iterator[dict[str, Any]]:
             "case": "decode",
             "batch": batch,
             "adapters": adapters,
+            **summed,
             "decode_ms": round(statistics.median(medians), 4),
             "spread_ms": round(max(medians) - min(medians), 4),
             "p95_ms": round(steps[int(0.95 * (len(steps) - 1))], 4),
@@ -224,7 +234,10 @@ def decode_once(
     batch, adapters = case["batch"], case["adapters"]
     for i in range(batch):
         prompt = [dice.randrange(3, job.vocab_size) for _ in range(job.options["input_len"])]
-        system.submit(f"decode-{i}", prompt, output_len, i % adapters if adapters else None)
+        chosen: Chosen = i % adapters if adapters else None
+        if members := case.get("members"):
+            chosen = tuple((i + more) % adapters for more in range(members))
+        system.submit(f"decode-{i}", prompt, output_len, chosen)
     remaining, steady = batch, []
     before, was_full = 0.0, False
     while remaining:
@@ -303,7 +316,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["system"],
         str(row["batch"]),
-        str(row["adapters"]),
+        f"{row['adapters']}{' in twos' if 'members' in row else ''}",
         _kind(row) if enabled else "off",
         f"{row['rank']}/{row['max_lora_rank']}" if enabled else "",
         f"{row['decode_ms']:.3f}",

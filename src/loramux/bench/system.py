@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+Chosen = int | tuple[int, ...] | None
+"""An adapter, or several whose sum a request takes (of ours alone), or none."""
+
 
 class News(NamedTuple):
     """What one step brought for one request."""
@@ -24,7 +27,7 @@ class System(Protocol):
         """Make the PEFT folders known, as adapters 0 and up."""
 
     def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int, adapter: int | None
+        self, request_id: str, prompt: list[int], max_tokens: int, adapter: Chosen
     ) -> None: ...
 
     def step(self) -> list[News]:
@@ -62,11 +65,10 @@ class Ours:
         for i, path in enumerate(adapters):
             self._llm.add_lora(LoRARequest(_name(i), i + 1, path))
 
-    def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int, adapter: int | None
-    ) -> None:
+    def submit(self, request_id: str, prompt: list[int], max_tokens: int, adapter: Chosen) -> None:
         params = self._params(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **self._more)
-        uses = [] if adapter is None else [self._use(_name(adapter))]
+        chosen = () if adapter is None else (adapter,) if isinstance(adapter, int) else adapter
+        uses = [self._use(_name(one)) for one in chosen]
         self._llm.engine.submit(request_id, prompt, params, uses)
 
     def step(self) -> list[News]:
