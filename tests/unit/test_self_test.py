@@ -37,6 +37,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"target_modules": r".*\.[12]\.mlp\.(up|down)_proj", "rank_pattern": {r"2\.mlp\.up_proj": 1}},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
     {"alora_invocation_tokens": [5, 6]},
+    {"use_dora": True, "r": 3, "lora_alpha": 5, "alpha_pattern": {"v_proj": 3}},
+    {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]},
 ]
 
 
@@ -181,3 +183,16 @@ def test_files_that_changed_meanwhile_are_refused(
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterRejected, match="cannot read the files"):
         refuse_differing(weights, schema.aliases)
+
+
+def test_dora_that_is_left_out_is_found(
+    tiny_world: TinyWorld, tmp_path: Path, schema: ModelSchema
+) -> None:
+    folder = save_adapter(tiny_world.model, tmp_path / "a", use_dora=True)
+    weights, _ = read_adapter("a", folder, schema, LORA, torch.float32)
+    vectors = {k: v for k, v in weights.layout.vectors.items() if k != MODULE}
+    layout = dataclasses.replace(weights.layout, vectors=vectors)
+    source = dataclasses.replace(weights.source, layout=layout)
+    wrong = dataclasses.replace(weights, source=source)
+    numbers = check_deltas(wrong, schema.aliases, torch.float32, PeftDeltas(folder))
+    assert not numbers.passed and numbers.worst[0] == MODULE

@@ -18,6 +18,8 @@ from loramux.adapters.self_test import PREFIX, FileDeltas
 class PeftDeltas:
     """As `FileDeltas`; modules that PEFT would not adapt as linear layers come from that."""
 
+    has_vectors = True
+
     def __init__(self, folder: Path):
         """Raises ImportError where PEFT is not installed."""
         import peft

@@ -5,7 +5,8 @@ activations.
       └─── this module ───▶ factors, scale ─ float64 ──────────────▶ wanted delta ─┴▶ relative error
 
 The second way shares no code with the first: safetensors reads the tensors, and the scale is worked out
-here. LoRA of linear layers is compared; that of experts is not.
+here. LoRA of linear layers is compared, against PEFT with DoRA and the bias of lora_B on base weights of
+zero; that of experts is not, nor are rows of a vocabulary and biases that replace the base model's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import regex
 import torch
 from safetensors import safe_open
 
+from loramux.adapters.affine import gain_and_shift, squared_lengths
 from loramux.adapters.weights import AdapterWeights, LoRAPair
 from loramux.errors import AdapterRejected
 from loramux.kernels import LoRASite, Segments, lora_delta
@@ -40,6 +42,8 @@ class FileDeltas:
     that they use."""
 
     method = "float64 from the file"
+    has_vectors = False
+    """Whether DoRA's gains and the bias of lora_B are in it, for base weights of zero."""
 
     def __init__(self, folder: Path):
         self._config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -170,15 +174,31 @@ def check_deltas(
     for module, pair in weights.every_pair.items():
         x = torch.randn(ROWS, pair.a.shape[1], generator=generator)  # [T, in]
         x = x.to(dtype)  # [T, in]
-        found = _served_delta(pair, x)  # [T, out]
+        affine = _on_zero(weights, module, pair) if wanted.has_vectors else None
+        found = _served_delta(pair, x, affine)  # [T, out]
         errors[module] = (
             relative_error(found, wanted.delta(names[module], x)) if module in names else math.inf
         )
     return NumericReport(wanted.method, errors, BOUNDS[dtype], len(weights.layout.experts))
 
 
-def _served_delta(pair: LoRAPair, x: torch.Tensor) -> torch.Tensor:
-    """[T, in] -> [T, out]: what the serving op adds for one adapter, from pool rows in x's type."""
+def _on_zero(weights: AdapterWeights, module: str, pair: LoRAPair) -> torch.Tensor | None:
+    """Gain and shift [2, out] of a module whose base weight and bias are zero, if it has any."""
+    stored = weights.layout.vectors.get(module)
+    if stored is None:
+        return None
+    a, b = pair.a, pair.b.t()  # [r, in], [out, r]
+    zero = torch.zeros(1, 1).expand(len(b), a.shape[1])  # [out, in]
+    squares = squared_lengths(zero, a, b, pair.scale)  # [out]
+    stored = replace(stored, bias=None)  # there is none to replace
+    return gain_and_shift(stored, weights.buffer, squares, torch.zeros(len(b)), pair.scale)
+
+
+def _served_delta(
+    pair: LoRAPair, x: torch.Tensor, affine: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[T, in] -> [T, out]: what the serving op adds for one adapter to zeros, from pool rows in x's
+    type, with its gain and shift `affine` [2, out]."""
     r, out = pair.b.shape
     site = LoRASite(
         a=pair.a.to(x.dtype).contiguous()[None],  # [1, r, in]
@@ -186,6 +206,9 @@ def _served_delta(pair: LoRAPair, x: torch.Tensor) -> torch.Tensor:
         slice_starts=(0, out),
         row_r=torch.full((1, r), r, dtype=torch.int32),
         row_scale=torch.full((1, r), pair.scale, dtype=torch.float32),
+        affine=torch.zeros(2, 1, out, dtype=x.dtype)
+        if affine is None
+        else affine.to(x.dtype)[:, None].contiguous(),  # [2, 1, out]
     )
     segments = Segments(
         starts=torch.tensor([0], dtype=torch.int32),  # [1]
@@ -194,6 +217,7 @@ def _served_delta(pair: LoRAPair, x: torch.Tensor) -> torch.Tensor:
         member_rows=torch.tensor([0], dtype=torch.int32),  # [1]
         member_scales=torch.tensor([1.0]),  # [1]
         num_segments=1,
+        affine_rows=frozenset() if affine is None else frozenset({0}),
     )
     y = x.new_zeros(len(x), out)  # [T, out]
     lora_delta(y, x, site, segments)

@@ -1,15 +1,6 @@
-"""Gains and shifts of an adapter's layers, worked out once, when it is read.
+"""The gains and shifts of an adapter's layers, worked out once, when it is read: see `adapters.affine`.
 
-DoRA gives the weights of every output feature a length that was trained, m (Liu et al., "DoRA:
-Weight-Decomposed Low-Rank Adaptation", 2024; PEFT's `lora_magnitude_vector`):
-
-    g = m / |W + s B A|         y = g (W x + s B A x) + bias
-
-A layer that has put out W x + bias and the delta so becomes that by y + y * gain + shift with
-
-    gain = g - 1                shift = b' - g b + s b_B
-
-where b' is the trained bias of the layer (b, if it has none) and b_B the bias of lora_B.
+Several ranks have parts of most weights: each measures its own, and the sums of squares add up.
 """
 
 from __future__ import annotations
@@ -19,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux.adapters.weights import AdapterWeights, Stored, StoredVectors, Vectors
+from loramux.adapters.affine import gain_and_shift, squared_lengths
+from loramux.adapters.weights import AdapterWeights, Vectors
 from loramux.errors import AdapterRejected
 from loramux.layers.linear import MergedLinear
 from loramux.models.attach import Attached
 from loramux.parallel import Cut, Group, all_of
-
-CHUNK_ELEMENTS = 1 << 24  # of a weight that is looked at at a time, in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,43 +119,9 @@ class Affines:
                 continue
             pair = weights.layout.pairs.get(layer.name)
             scale = pair.scale if pair else 0.0
-            vectors = _affine(stored, weights.buffer, squares, bias, scale).to(self._dtype)
+            vectors = gain_and_shift(stored, weights.buffer, squares, bias, scale).to(self._dtype)
             if not bool(vectors.isfinite().all()):
                 refused.append(f"the gains and shifts of {layer.name} overflow in {self._dtype}")
             yield layer.name, vectors
         if refused:
             raise AdapterRejected(weights.ref.name, refused)
-
-
-def squared_lengths(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Of the rows of `weight` [out, in] + scale * b [out, r] @ a [r, in], in float32: [out]."""
-    device = weight.device
-    a, b = a.to(device).float(), b.to(device).float() * scale
-    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    found = [
-        (weight[low : low + step].float() + b[low : low + step] @ a).square().sum(1)
-        for low in range(0, weight.shape[0], step)
-    ]
-    return torch.cat(found)  # [out]
-
-
-def _affine(
-    stored: StoredVectors,
-    buffer: torch.Tensor,
-    squares: torch.Tensor,
-    bias: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Gain and shift [2, out] float32; all vectors are [out]."""
-
-    def vector(kind: Stored | None) -> torch.Tensor | None:
-        return None if kind is None else kind.view(buffer).view(-1).float()  # [out]
-
-    magnitude, own, lora_bias = map(vector, (stored.magnitude, stored.bias, stored.lora_bias))
-    gain = torch.zeros_like(bias) if magnitude is None else magnitude / squares.sqrt() - 1
-    shift = (bias if own is None else own) - (1 + gain) * bias
-    if lora_bias is not None:
-        shift = shift + scale * lora_bias
-    return torch.stack((gain, shift))  # [2, out]
