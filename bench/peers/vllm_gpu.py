@@ -20,7 +20,7 @@ from typing import Any
 from loramux.bench import main
 from loramux.bench.jobs import work
 from loramux.bench.report import VLLM
-from loramux.bench.system import News, System
+from loramux.bench.system import Chosen, News, System
 
 WORKLOADS = ("decode", "throughput", "load")
 
@@ -45,9 +45,11 @@ class Vllm:
             self._request(f"adapter-{i}", i + 1, path) for i, path in enumerate(adapters)
         ]
 
-    def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int, adapter: int | None
-    ) -> None:
+    def submit(self, request_id: str, prompt: list[int], max_tokens: int, adapter: Chosen) -> None:
+        if isinstance(adapter, tuple):
+            raise ValueError(
+                "vLLM knows no sums of adapters: leave --sums away, or --systems loramux"
+            )
         params = self._params(
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
         )
