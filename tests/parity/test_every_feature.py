@@ -138,31 +138,38 @@ def _answer(
     return tokens, torch.cat(out.logits).log_softmax(-1)
 
 
-def _served_as_peft(case: Case, **settings: Any) -> LLM:
+def _served_as_peft(case: Case, some: Sequence[set[str]] = (), **settings: Any) -> LLM:
+    """All in flight together, then those of each of `some` adapters."""
     with LLM(str(case.model), **SETTINGS | settings) as llm:
         for name, path in case.adapters.items():
             llm.engine.add_adapter(name, str(path))
         for _ in range(2):  # the second time from the prefix cache
-            tokens: list[list[int]] = [[] for _ in case.asked]
-            logprobs: list[list[Any]] = [[] for _ in case.asked]
-            for number, one in enumerate(case.asked):
-                uses = [AdapterUse(one.adapter)] if one.adapter else []
-                llm.engine.submit(str(number), one.prompt, GREEDY, uses)
-            while llm.engine.has_requests:
-                deltas = llm.engine.step()
-                if not deltas:
-                    llm.engine.wait()
-                for delta in deltas:
-                    assert delta.error is None
-                    tokens[int(delta.request_id)] += delta.token_ids
-                    logprobs[int(delta.request_id)] += delta.logprobs or ()
-            llm.engine.check_integrity()
-            for one, got, entries in zip(case.asked, tokens, logprobs, strict=True):
-                assert got == one.expected, one.adapter
-                for entry, values in zip(entries, one.logprobs, strict=True):
-                    for item in (entry.chosen, *entry.top):
-                        assert item.logprob == pytest.approx(float(values[item.token_id]), abs=2e-3)
+            _answered_as_peft(llm, case.asked)
+        for names in some:
+            _answered_as_peft(llm, [one for one in case.asked if one.adapter in names])
     return llm
+
+
+def _answered_as_peft(llm: LLM, asked: list[Asked]) -> None:
+    tokens: list[list[int]] = [[] for _ in asked]
+    logprobs: list[list[Any]] = [[] for _ in asked]
+    for number, one in enumerate(asked):
+        uses = [AdapterUse(one.adapter)] if one.adapter else []
+        llm.engine.submit(str(number), one.prompt, GREEDY, uses)
+    while llm.engine.has_requests:
+        deltas = llm.engine.step()
+        if not deltas:
+            llm.engine.wait()
+        for delta in deltas:
+            assert delta.error is None
+            tokens[int(delta.request_id)] += delta.token_ids
+            logprobs[int(delta.request_id)] += delta.logprobs or ()
+    llm.engine.check_integrity()
+    for one, got, entries in zip(asked, tokens, logprobs, strict=True):
+        assert got == one.expected, one.adapter
+        for entry, values in zip(entries, one.logprobs, strict=True):
+            for item in (entry.chosen, *entry.top):
+                assert item.logprob == pytest.approx(float(values[item.token_id]), abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,8 @@ def test_replayed_steps_equal_peft(case: Case, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "make_runner", CpuReplayingRunner)
     settings = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "async_scheduling": True}
     settings |= {"cudagraph_capture_sizes": [4, 8, 24], "max_model_len": 128}
-    llm = _served_as_peft(case, **settings)
+    some = [{"plain", "rslora"}, {"plain", "dora"}, {"dora", "tokens"}]
+    llm = _served_as_peft(case, some, **settings)
     replayed = {event.key for event in llm.engine.runner.events if event.kind == "replay"}
     kinds = {(key.affine, key.outer) for key in replayed if key is not None and key.adapters}
     assert kinds == {(False, False), (True, False), (True, True)}
