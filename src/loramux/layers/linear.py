@@ -40,6 +40,9 @@ class MergedLinear:
     it owns no parameter, and a plain object is cheaper to write to in every call.
     """
 
+    takes_rows = True
+    """Whether A may stand under the weight."""
+
     def __init__(self, linears: Sequence[nn.Linear], batch: StepBatch):
         self.in_features = linears[0].in_features
         self.starts = [0]
@@ -128,11 +131,12 @@ class MergedLinear:
         for gains and shifts as `LoRASite` says; by default for none.
 
         With `under_weight` A stands under the base weight, of the same dtype, row k of slice s at
-        k * S + s: any first rows of the pool then extend the base product.
+        k * S + s, if this kind of layer `takes_rows`: any first rows of the pool then extend the base
+        product.
         """
         slices, device = self.num_slices, self.device
         rows += -rows % ROW_STEP
-        if under_weight:
+        if under_weight and self.takes_rows:
             a = self._stack_under(rows)  # [S, R, K]
         else:
             a = torch.zeros(slices, rows, self.in_features, dtype=dtype, device=device)

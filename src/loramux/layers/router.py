@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loramux.kernels import ONE_PLACE
 from loramux.layers.batch import StepBatch
 from loramux.layers.linear import MergedLinear
 
@@ -23,6 +22,8 @@ CASTS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)
 class RouterLinear(MergedLinear):
     """The product of one router, in the type in which the router computes it."""
 
+    takes_rows = False  # under a weight that may have another type
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, batch: StepBatch):
         out_features, in_features = weight.shape
         plain = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
@@ -30,17 +31,6 @@ class RouterLinear(MergedLinear):
         if bias is not None:
             plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
         super().__init__([plain], batch)
-
-    def attach_site(
-        self,
-        rows: int,
-        dtype: torch.dtype,
-        *,
-        under_weight: bool = False,
-        place_rows: int = ONE_PLACE,
-    ) -> None:
-        """As `MergedLinear.attach_site`; A never stands under a weight that may have another type."""
-        super().attach_site(rows, dtype, place_rows=place_rows)
 
     def pack(self) -> None:
         """A router is small, and reads its weight in a type of its own."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from loramux.errors import EngineError
-from loramux.kernels import AFFINE, ONE_PLACE, Expand, Segments, WorkList
+from loramux.kernels import AFFINE, Expand, Segments, WorkList
 from loramux.layers.batch import LoRAStep, StepBatch, UniformLoRA
 from loramux.layers.linear import LinearSlice, MergedLinear
 
@@ -69,21 +69,11 @@ class TowerStep:
 class TowerLinear(MergedLinear):
     """One linear layer of an encoder."""
 
+    takes_rows = False  # which would make every product larger, with adapters or without
+
     def __init__(self, linear: nn.Linear, step: TowerStep):
         super().__init__([linear], step.batch)
         self._step = step
-
-    def attach_site(
-        self,
-        rows: int,
-        dtype: torch.dtype,
-        *,
-        under_weight: bool = False,
-        place_rows: int = ONE_PLACE,
-    ) -> None:
-        """As for other layers, but A never stands under the weight: that would make every product
-        larger, with adapters or without."""
-        super().attach_site(rows, dtype, place_rows=place_rows)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, Expand | None]:
         """x [T, K] -> y [T, N], and the LoRA delta that is still to be added."""
