@@ -143,6 +143,9 @@ class Runner(ABC):
 
         Raises AdapterLoadFailed when the device has no memory for it.
         """
+        assert bool(weights.affine) == load.ref.affine, (
+            "gains and shifts are missing. This is a bug."
+        )
         own, dealt = self._parts(weights)
         reading, rows = self.reading, self._rows_of(load)
         if load.ref.affine:
