@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loramux.config.engine import EngineConfig
+from loramux.config.limits import quotas_among
 from loramux.config.lora import LoRAConfig
 from loramux.config.media import MediaConfig
 from loramux.config.neutral import drop_neutral
@@ -47,9 +48,7 @@ def engine_config(model: str, *, enable_lora: bool = False, **settings: Any) -> 
 
 def check_weights_only(config: EngineConfig) -> None:
     """Raise ConfigError where `adapter_limits` would refuse requests: offline nobody asks again."""
-    named = {name: list(limits.quotas) for name, limits in (config.adapter_limits or {}).items()}
-    faults = [f"{name!r} has {', '.join(quotas)}" for name, quotas in named.items() if quotas]
-    if faults:
+    if faults := quotas_among(config.adapter_limits):
         raise ConfigError(
             f"adapter_limits: {'; '.join(faults)}, and only a server refuses requests",
             field="adapter_limits",

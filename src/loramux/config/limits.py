@@ -62,6 +62,12 @@ def fits(pattern: str, name: str) -> bool:
     return re.fullmatch(expression, name, re.DOTALL) is not None
 
 
+def quotas_among(limits: Mapping[str, AdapterLimits] | None) -> list[str]:
+    """What is more than a weight, by pattern: "'team-a/*' has max_concurrency"."""
+    found = {pattern: own.quotas for pattern, own in (limits or {}).items()}
+    return [f"{pattern!r} has {', '.join(quotas)}" for pattern, quotas in found.items() if quotas]
+
+
 def read_limits(value: Any) -> dict[str, AdapterLimits]:
     """Limits by pattern, from what an operator wrote. Raises ValueError with every reason."""
     if not isinstance(value, Mapping):

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loramux.config.engine import EngineConfig
+from loramux.config.limits import quotas_among
 from loramux.errors import ConfigError
 
 SCALING = ("target_ongoing_requests", "upscale_delay_s", "downscale_delay_s")
@@ -88,11 +89,7 @@ class ReplicaConfig(BaseModel):
                 field="device",
                 remedy="use --device cuda",
             )
-        counted = {
-            name: list(limits.quotas) for name, limits in (config.adapter_limits or {}).items()
-        }
-        faults = [f"{name!r} has {', '.join(quotas)}" for name, quotas in counted.items() if quotas]
-        if faults:
+        if faults := quotas_among(config.adapter_limits):
             raise ConfigError(
                 f"adapter_limits: {'; '.join(faults)}, and replicas do not count together",
                 field="adapter_limits",
