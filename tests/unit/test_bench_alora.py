@@ -18,6 +18,8 @@ def test_activated_adapters_find_the_conversation_and_plain_ones_do_not(tmp_path
     assert main([*argv, "--settings", '{"block_size": 16, "kv_cache_memory": "32MiB"}']) == 0
     head, *rows = map(json.loads, output.read_text().splitlines())
     assert head["kind"] == "header" and head["settings"]["input_len"] == 100
+    assert head["settings"]["command"].startswith("loramux bench alora --geometry tiny")
+    assert " --output rows.jsonl " in head["settings"]["command"]
     found = {(row["case"], row["adapter"]): row for row in rows}
     assert len(found) == len(rows) == 7
     for (case, adapter), row in found.items():

@@ -24,7 +24,7 @@ from typing import Any
 
 from loramux.bench.geometry import Geometry, geometry, scratch_folder, write_model
 from loramux.bench.random_adapters import write_adapters
-from loramux.bench.report import append_row, header
+from loramux.bench.report import keep_rows
 from loramux.bench.sitting import Commands
 
 WAYS = ("activated", "plain")
@@ -75,17 +75,10 @@ def main(argv: Sequence[str], commands: Commands | None = None) -> int:
     except ValueError as error:
         print(f"loramux bench alora: {error}", file=sys.stderr)
         return 2
-    settings = {k: v for k, v in vars(options).items() if k != "output"}
-    head = header(settings)
-    if options.output is not None:
-        options.output.write_text(json.dumps(head) + "\n", encoding="utf-8")
     with scratch_folder(1 << 30) as scratch:
         bench = AloraBench(options, shape, Path(scratch))
         try:
-            for row in bench.rows():
-                print(json.dumps(row), flush=True)
-                if options.output is not None:
-                    append_row(options.output, row)
+            keep_rows(bench.rows(), "alora", options, argv)
         finally:
             bench.llm.close()
     return 0

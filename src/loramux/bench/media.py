@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux.bench.geometry import VisionGeometry, geometry, write_model
-from loramux.bench.report import append_row, header, usable_cores
+from loramux.bench.report import keep_rows, usable_cores
 from loramux.bench.sitting import Commands
 
 ADAPTER_STD = 0.02
@@ -55,17 +55,10 @@ def main(argv: Sequence[str], commands: Commands | None = None) -> int:
     if commands is not None or not isinstance(shape, VisionGeometry):
         print("loramux bench media: measures loramux on a geometry with a tower", file=sys.stderr)
         return 2
-    settings = {k: v for k, v in vars(options).items() if k != "output"}
-    head = header(settings)
-    if options.output is not None:
-        options.output.write_text(json.dumps(head) + "\n", encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
         bench = MediaBench(options, shape, Path(scratch))
         try:
-            for row in bench.rows():
-                print(json.dumps(row), flush=True)
-                if options.output is not None:
-                    append_row(options.output, row)
+            keep_rows(bench.rows(), "media", options, argv)
         finally:
             bench.llm.close()
     return 0

@@ -8,6 +8,8 @@ import platform
 import re
 import statistics
 import subprocess
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -87,6 +89,31 @@ def write_results(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     lines = [head, *({"kind": "row", **asdict(row)} for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def keep_rows(
+    rows: Iterable[dict[str, Any]], workload: str, options: Namespace, argv: Sequence[str]
+) -> None:
+    """Print each row as it comes, and keep it in `options.output`, if that is given, behind a header
+    with the command and without the paths of this machine."""
+    path: Path | None = options.output
+    if path is not None:
+        words = [word.replace(str(path), path.name) for word in argv]
+        settings = {name: value for name, value in vars(options).items() if name != "output"}
+        settings["command"] = " ".join(["loramux", "bench", workload, *words])
+        content = json.dumps(header(settings, gpu_name())) + "\n"
+        path.write_text(content, encoding="utf-8")
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        if path is not None:
+            append_row(path, row)
+
+
+def gpu_name() -> str | None:
+    """Of the GPU that an engine takes first; None without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
