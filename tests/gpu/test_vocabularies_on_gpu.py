@@ -12,9 +12,9 @@ from gpu.mixtures import LAYERS, MODEL_FACTOR, SHAPE, prompts, round_weights, ro
 from gpu.mixtures import VOCAB as SIZE
 from gpu.replaying import DEVICES, use_seen_runner
 from loramux import LLM, SamplingParams
-from loramux.types import AdapterUse
 from parity.vocabularies import VocabularyOracle, save_vocabulary
 from tiny import save_model
+from together import answered_together
 
 WIDE = SIZE + 5
 BOTH = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
@@ -54,18 +54,10 @@ def test_logits_and_replays(
     with LLM(str(model), enable_lora=True, **settings) as llm:
         for name, folder in adapters.items():
             llm.engine.add_adapter(name, str(folder))
-        for number, (name, text) in enumerate(zip(names, texts, strict=True)):
-            uses = [AdapterUse(name)] if name else []
-            llm.engine.submit(str(number), text, greedy, uses)
-        tokens: dict[int, list[int]] = {}
-        while llm.engine.has_requests:
-            deltas = llm.engine.step()
-            if not deltas:
-                llm.engine.wait()
-            for delta in deltas:
-                assert delta.error is None
-                tokens.setdefault(int(delta.request_id), []).extend(delta.token_ids)
-        llm.engine.check_integrity()
+        requests = [
+            (text, greedy, [name] if name else []) for name, text in zip(names, texts, strict=True)
+        ]
+        answers = answered_together(llm.engine, requests)
         runner = llm.engine.runner
         seen, events = list(runner.seen), list(runner.events)
     replayed = [event.key for event in events if event.kind == "replay"]
@@ -73,7 +65,7 @@ def test_logits_and_replays(
     oracle = VocabularyOracle(model)
     for number, (name, text) in enumerate(zip(names, texts, strict=True)):
         size = WIDE if name == "added" else SIZE
-        every = [*text, *tokens[number]]
+        every = [*text, *answers[number].tokens]
         wanted = oracle.logits(adapters[name] if name else None, every[:-1], size)  # [T, V]
         mine = [one for one in seen if one.sequence == number]
         assert len(mine) == 12 and any(one.replayed for one in mine)

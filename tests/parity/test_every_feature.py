@@ -17,10 +17,10 @@ from gpu.replaying import CpuReplayingRunner
 from loramux import LLM, SamplingParams
 from loramux.engine import engine, follower
 from loramux.engine.gpu_runner import GpuRunner
-from loramux.types import AdapterUse
 from parity.vocabularies import ADDED, VocabularyOracle, save_vocabulary
 from ranks import thread_ranks  # noqa: F401
 from tiny import VOCAB, save_adapter, save_model
+from together import answered_together
 
 COUNT = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=2)
@@ -151,23 +151,10 @@ def _served_as_peft(case: Case, some: Sequence[set[str]] = (), **settings: Any) 
 
 
 def _answered_as_peft(llm: LLM, asked: list[Asked]) -> None:
-    tokens: list[list[int]] = [[] for _ in asked]
-    logprobs: list[list[Any]] = [[] for _ in asked]
-    for number, one in enumerate(asked):
-        uses = [AdapterUse(one.adapter)] if one.adapter else []
-        llm.engine.submit(str(number), one.prompt, GREEDY, uses)
-    while llm.engine.has_requests:
-        deltas = llm.engine.step()
-        if not deltas:
-            llm.engine.wait()
-        for delta in deltas:
-            assert delta.error is None
-            tokens[int(delta.request_id)] += delta.token_ids
-            logprobs[int(delta.request_id)] += delta.logprobs or ()
-    llm.engine.check_integrity()
-    for one, got, entries in zip(asked, tokens, logprobs, strict=True):
-        assert got == one.expected, one.adapter
-        for entry, values in zip(entries, one.logprobs, strict=True):
+    requests = [(one.prompt, GREEDY, [one.adapter] if one.adapter else []) for one in asked]
+    for one, got in zip(asked, answered_together(llm.engine, requests), strict=True):
+        assert got.tokens == one.expected, one.adapter
+        for entry, values in zip(got.logprobs, one.logprobs, strict=True):
             for item in (entry.chosen, *entry.top):
                 assert item.logprob == pytest.approx(float(values[item.token_id]), abs=2e-3)
 

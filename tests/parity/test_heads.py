@@ -16,11 +16,12 @@ from loramux import LLM, LoRARequest, PoolingParams, SamplingParams
 from loramux.engine import engine, follower
 from loramux.engine.gpu_runner import GpuRunner
 from loramux.models import loader
-from loramux.types import AdapterUse, PoolingOutput
+from loramux.types import AdapterUse
 from parity.heads import peft_hidden, peft_logits, save_base_classifier, save_classifier
 from parity.oracle import Oracle
 from ranks import thread_ranks  # noqa: F401
 from tiny import VOCAB, save_adapter, save_model
+from together import answered_together
 
 LABELS = {"two": 2, "three": 3, "seven": 7, "one": 1}
 COUNT = 5  # tokens of a generation
@@ -104,26 +105,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def _answers(llm: LLM, case: Case) -> list[Any]:
     """What each of ASKED got, all of them in flight together: tokens, or values."""
-    tokens: list[list[int]] = [[] for _ in ASKED]
-    pooled: dict[int, PoolingOutput] = {}
-    for number, ((names, params), prompt) in enumerate(zip(ASKED, case.prompts, strict=True)):
-        uses = [AdapterUse(name) for name in names]
-        llm.engine.submit(str(number), prompt, params, uses)
-    while llm.engine.has_requests:
-        deltas = llm.engine.step()
-        if not deltas:
-            llm.engine.wait()
-        for delta in deltas:
-            assert delta.error is None
-            number = int(delta.request_id)
-            tokens[number] += delta.token_ids
-            if delta.pooled is not None:
-                assert delta.finish_reason == "stop"
-                pooled[number] = delta.pooled
-    llm.engine.check_integrity()
+    requests = [
+        (prompt, params, names) for (names, params), prompt in zip(ASKED, case.prompts, strict=True)
+    ]
+    answers = answered_together(llm.engine, requests)
     return [
-        tokens[number] if params is GREEDY else pooled[number]
-        for number, (_, params) in enumerate(ASKED)
+        answer.tokens if params is GREEDY else answer.pooled
+        for answer, (_, params) in zip(answers, ASKED, strict=True)
     ]
 
 

@@ -25,6 +25,7 @@ from parity.heads import peft_logits, save_classifier
 from parity.vocabularies import ADDED, VocabularyOracle, save_vocabulary
 from ranks import thread_ranks  # noqa: F401
 from tiny import VOCAB, save_adapter, save_model
+from together import Answer, answered_together
 
 COUNT = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=3)
@@ -113,33 +114,19 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(model, adapters, oracle, asked)
 
 
-def _run(llm: LLM, asked: list[Asked]) -> tuple[list[list[int]], list[list[Any]]]:
-    """Tokens and log-probabilities of all of them, in flight together."""
-    tokens: list[list[int]] = [[] for _ in asked]
-    logprobs: list[list[Any]] = [[] for _ in asked]
-    for number, one in enumerate(asked):
-        uses = [AdapterUse(one.adapter)] if one.adapter else []
-        llm.engine.submit(str(number), one.prompt, GREEDY, uses)
-    while llm.engine.has_requests:
-        deltas = llm.engine.step()
-        if not deltas:
-            llm.engine.wait()
-        for delta in deltas:
-            assert delta.error is None
-            tokens[int(delta.request_id)] += delta.token_ids
-            logprobs[int(delta.request_id)] += delta.logprobs or ()
-    llm.engine.check_integrity()
-    return tokens, logprobs
+def _run(llm: LLM, asked: list[Asked]) -> list[Answer]:
+    """What each of them got, in flight together."""
+    requests = [(one.prompt, GREEDY, [one.adapter] if one.adapter else []) for one in asked]
+    return answered_together(llm.engine, requests)
 
 
 def _served_as_peft(case: Case, **settings: Any) -> None:
     with LLM(str(case.model), **SETTINGS | settings) as llm:
         case.use(llm)
         for _ in range(2):  # the second time from the prefix cache
-            tokens, logprobs = _run(llm, case.asked)
-            for one, got, entries in zip(case.asked, tokens, logprobs, strict=True):
-                assert got == one.expected, one.adapter
-                _check_logprobs(case, one, entries)
+            for one, got in zip(case.asked, _run(llm, case.asked), strict=True):
+                assert got.tokens == one.expected, one.adapter
+                _check_logprobs(case, one, got.logprobs)
 
 
 def _check_logprobs(case: Case, one: Asked, entries: list[Any]) -> None:
@@ -184,8 +171,8 @@ def test_captured_bodies_equal_peft(case: Case, monkeypatch) -> None:
     settings |= {"cudagraph_capture_sizes": [4, 8, 24], "max_model_len": 128}
     with LLM(str(case.model), **SETTINGS | settings) as llm:
         case.use(llm)
-        tokens, _ = _run(llm, case.asked)
-        assert tokens == [one.expected for one in case.asked]
+        answers = _run(llm, case.asked)
+        assert [answer.tokens for answer in answers] == [one.expected for one in case.asked]
         events = [event for event in llm.engine.runner.events if event.kind == "replay"]
         outer = [event for event in events if event.key is not None and event.key.outer]
         assert len(outer) > 5
