@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from loramux import LLM, LoRARequest, SamplingParams
-from loramux.layers.sharded import OVERLAPPED_TOKENS
 from tiny import VOCAB, TinyWorld, save_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -45,11 +44,11 @@ def test_two_gpus_answer_as_one(
 
 
 @pytest.mark.multigpu
-def test_what_travels_beside_products_arrives(tiny_world: TinyWorld, adapters: list[str]) -> None:
-    """In steps as large as those that overlap."""
+def test_steps_of_many_tokens_answer_as_one_gpu(tiny_world: TinyWorld, adapters: list[str]) -> None:
+    """What is shrunk travels in the model's type there."""
     dice = random.Random(3)
     prompts = [[dice.randrange(3, VOCAB) for _ in range(230)] for _ in adapters * 2]
-    assert sum(map(len, prompts)) > OVERLAPPED_TOKENS + 230
+    assert sum(map(len, prompts)) > 1024 + 230
     _compare(tiny_world, [*adapters, *adapters], eager=False, fully=True, prompts=prompts)
 
 

@@ -8,7 +8,6 @@ import pytest
 from loramux import LLM, SamplingParams
 from loramux.engine import engine, follower
 from loramux.engine.gpu_runner import GpuRunner
-from loramux.layers import sharded
 from parity.oracle import assert_logprobs_equal, make_case, requests_for
 from ranks import thread_ranks  # noqa: F401
 
@@ -47,14 +46,12 @@ def test_answers_equal_peft(case, size: int, fully: bool) -> None:
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("sharding", ["default", "fully", "fully-overlapped"])
-def test_the_packed_steps_of_gpus_equal_peft(case, monkeypatch, sharding: str) -> None:
+@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
+def test_the_packed_steps_of_gpus_equal_peft(case, monkeypatch, fully: bool) -> None:
     """On CPUs, where nothing is captured, a step ahead."""
-    if sharding == "fully-overlapped":
-        monkeypatch.setattr(sharded, "OVERLAPPED_TOKENS", 0)
     monkeypatch.setattr(engine, "make_runner", GpuRunner)
     monkeypatch.setattr(follower, "make_runner", GpuRunner)
-    settings = {"tensor_parallel_size": 2, "fully_sharded_loras": sharding != "default"}
+    settings = {"tensor_parallel_size": 2, "fully_sharded_loras": fully}
     _answer_as_peft(case, **settings, async_scheduling=True)
 
 

@@ -125,7 +125,11 @@ class Follower:
         self._link.send(Here())
         self._link.receive()  # Meet: nobody waits for one that never came
         device = torch.device(start.config.device)
-        self._group = join(start.store_path, start.rank, start.size, device, shared=start.shared)
+        self._group = join(
+            *(start.store_path, start.rank, start.size, device),
+            shared=start.shared,
+            only_nccl=start.config.disable_custom_all_reduce,
+        )
         loaded = load_model(start.config, self._group)
         self._link.send(Here(loaded.facts))
         resolved, _ = self._link.receive()

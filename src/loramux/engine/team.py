@@ -118,7 +118,11 @@ class Team:
         threading.Thread(target=self._tick, name="rank-watch", daemon=True).start()
         self._wait_here(1)
         self.send(Meet())
-        self.group = join(store, 0, self.size, self._device, shared=self._shared)
+        self.group = join(
+            *(store, 0, self.size, self._device),
+            shared=self._shared,
+            only_nccl=config.disable_custom_all_reduce,
+        )
 
     def facts(self) -> list[ModelFacts]:
         """What the others found when they loaded the model; waits for it."""

@@ -181,7 +181,7 @@ class Experts:
             return self._down(inner, routing, chosen, Expand(self.down_site, h, work))  # [S, H]
         y = self._down(inner, routing, chosen)  # [S, H]
         assert self._cuts is not None
-        h = self._group.all_reduce(h.sum(0) if h.shape[0] > 1 else h[0])  # [S, W]
+        h = self._group.sum_parts(h)  # [S, W]
         lora_expand(y[:, self._cuts[1].b_output.slice], Expand(self.down_site, h[None], work))
         return y
 
@@ -213,9 +213,7 @@ class Experts:
         deal, site = self._group.size, self.dealt_site
         width = -(-columns // deal)
         h = self._shrink(x, site, work, width)  # [P, S, W']
-        parts = self._group.all_gather(h.sum(0))  # [N, S, W']
-        parts = parts.view(deal, x.shape[0], width, site.num_slices)  # [N, S, w', slices]
-        return parts.permute(1, 2, 0, 3).reshape(1, x.shape[0], -1)  # [1, S, W]
+        return self._group.gather_runs(h, site.num_slices).unsqueeze(0)  # [1, S, W]
 
     # --- the base model ------------------------------------------------------------------------
 

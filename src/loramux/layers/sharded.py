@@ -8,13 +8,6 @@
 x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
 By default y and h of a row layer stand side by side and one all-reduce sums both; the delta is added
 after it, in the op that follows anyway. Where a step has no work list (CPUs), reduce(y + B h) does it.
-
-With `fully_sharded_loras` h of a large step travels while the base product is computed:
-
-    main stream    A' x ──┬── W' x ──┬── y + B' h
-    NCCL's own            └── h ─────┘
-
-In small steps, which graphs capture, all of it is on the main stream.
 """
 
 from __future__ import annotations
@@ -38,10 +31,7 @@ from loramux.kernels import (
 )
 from loramux.layers.batch import LoRAStep, StepBatch
 from loramux.layers.linear import ROW_STEP, MergedLinear, empty_affine
-from loramux.parallel import Cut, Group, Travelling
-
-OVERLAPPED_TOKENS = 1024
-"""Steps of more are large: their base products take longer than h travels. No graph captures them."""
+from loramux.parallel import Cut, Group
 
 
 class ShardedLinear(MergedLinear):
@@ -167,34 +157,21 @@ class ShardedLinear(MergedLinear):
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
     ) -> tuple[torch.Tensor, Expand | None]:
         self.computations += 1
-        travelling = self._send(x, lora, site)
-        y = self._base(x)  # [T, N']
-        h = self._received(travelling, lora)  # [T, W]
         if self.kind == "column":
-            return y, Expand(site, h.unsqueeze(0), lora.work)
+            h = self._shrink_dealt(x, lora)  # [T, W]
+            return self._base(x), Expand(site, h.unsqueeze(0), lora.work)
         assert lora.deltas is not None
+        h = self._group.sum_parts(self._shrink(x, site, lora.work, lora.width))  # [T, W]
+        y = self._base(x)  # [T, N]
         part = y[:, self.cuts[0].b_output.slice]  # [T, out']
         lora_expand(part, Expand(site, h.unsqueeze(0), lora.deltas))
         return y, None
 
-    def _send(self, x: torch.Tensor, lora: LoRAStep, site: LoRASite) -> Travelling:
-        """Shrink x [T, K'] and send that to the other ranks."""
-        beside = x.shape[0] > OVERLAPPED_TOKENS
-        if self.kind == "row":
-            h = self._shrink(x, site, lora.work, lora.width)  # [T, W]
-            return self._group.start_all_reduce(h, beside=beside)
+    def _shrink_dealt(self, x: torch.Tensor, lora: LoRAStep) -> torch.Tensor:
+        """x [T, K] -> [T, W] of all ranks: rank row k comes from rank k % N."""
         assert self.dealt_site is not None and lora.dealt is not None
-        h = self._shrink(x, self.dealt_site, lora.dealt, self._dealt_width(lora))  # [T, W']
-        return self._group.start_all_gather(h, beside=beside)
-
-    def _received(self, travelling: Travelling, lora: LoRAStep) -> torch.Tensor:
-        """[T, W] of all ranks: of a column layer rank row k comes from rank k % N."""
-        h = travelling.wait()  # [T, W] or [N, T, W']
-        if self.kind == "row":
-            return h
-        deal, tokens, columns = h.shape
-        parts = h.view(deal, tokens, self._dealt_width(lora), self.num_slices)  # [N, T, w', S]
-        return parts.permute(1, 2, 0, 3).reshape(tokens, deal * columns)  # [T, W]
+        parts = self._shrink(x, self.dealt_site, lora.dealt, self._dealt_width(lora))  # [P, T, W']
+        return self._group.gather_runs(parts, self.num_slices)  # [T, W]
 
     def _dealt_width(self, lora: LoRAStep) -> int:
         """Columns of a slice on one rank."""
@@ -214,13 +191,13 @@ class ShardedLinear(MergedLinear):
         return None if site is None else site.affine
 
     def _shrink(self, x: torch.Tensor, site: LoRASite, work: WorkList, width: int) -> torch.Tensor:
-        """x [T, K'] -> [T, width S], which is about to travel: of many tokens in the type of x.
+        """x [T, K'] -> [P, T, width S], which is about to travel: of many tokens in the type of x.
         Columns that no member owns hold anything."""
         parts = shrink_parts(x.shape[0], self.in_features, work.max_chunks)
         dtype = x.dtype if parts == 1 else torch.float32
-        h = x.new_empty(parts, x.shape[0], width * self.num_slices, dtype=dtype)
+        h = x.new_empty(parts, x.shape[0], width * self.num_slices, dtype=dtype)  # [P, T, W]
         lora_shrink(x, site, work, h)
-        return h[0] if parts == 1 else h.sum(0)  # [T, W]
+        return h
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, K'] -> [T, N'] without adapters."""

@@ -1,5 +1,4 @@
-"""With `fully_sharded_loras` shrunk activations of large steps travel beside the base product, and the
-values are those of collectives that are waited for in order."""
+"""With `fully_sharded_loras` layers whose A and B are on several ranks compute what whole ones do."""
 
 from __future__ import annotations
 
@@ -13,46 +12,13 @@ import torch
 from torch import nn
 
 from loramux.kernels import LoRASite, WorkList, lora_expand
-from loramux.layers import sharded
 from loramux.layers.batch import LoRAStep, StepBatch
 from loramux.layers.sharded import ShardedLinear, deal_out, parted
-from loramux.parallel import Group, Travelling, cut_linear, join
+from loramux.parallel import Group, cut_linear, join
 
 SIZE, RANK, SCALE = 2, 5, 0.75
 TOKENS, PLAIN, HIDDEN = 9, 2, 16
 OUTS = {"colwise": (8, 12), "rowwise": (12,)}
-
-
-class _Recording(Group):
-    """A group that notes its collectives: how each begins, and when it is waited for."""
-
-    def __init__(self, inner: Group):
-        super().__init__(inner.rank, inner.size, inner._group)
-        self.noted: list[str] = []
-
-    def start_all_reduce(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
-        return self._note(super().start_all_reduce(tensor, beside=beside), beside)
-
-    def start_all_gather(self, tensor: torch.Tensor, *, beside: bool = True) -> Travelling:
-        return self._note(super().start_all_gather(tensor, beside=beside), beside)
-
-    def _note(self, inner: Travelling, beside: bool) -> Travelling:
-        noted = self.noted
-        noted.append("begins beside" if beside else "begins")
-
-        class Noting(Travelling):
-            def wait(self) -> torch.Tensor:
-                noted.append("is waited for")
-                return inner.wait()
-
-        return Noting(torch.empty(0))
-
-
-class _Layer(ShardedLinear):
-    def _base(self, x: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self._group, _Recording)
-        self._group.noted.append("base product")
-        return super()._base(x)
 
 
 @dataclass
@@ -74,7 +40,7 @@ class _Case:
             wanted.append(y)
         return torch.cat(wanted, dim=1)
 
-    def layer(self, group: _Recording) -> ShardedLinear:
+    def layer(self, group: Group) -> ShardedLinear:
         """This rank's part."""
         work = _work()
         batch = StepBatch(
@@ -91,7 +57,7 @@ class _Case:
                 part.bias = None  # type: ignore[assignment]
             cuts.append(cut)
             parts.append(part)
-        layer = _Layer(parts, batch, cuts, group, fully=True)
+        layer = ShardedLinear(parts, batch, cuts, group, fully=True)
         layer.attach_site(RANK, torch.float64)
         assert layer.site is not None and layer.dealt_site is not None
         for s, (cut, a, b) in enumerate(zip(cuts, self.a, self.b, strict=True)):
@@ -104,7 +70,7 @@ class _Case:
             _own(layer.dealt_site, s, len(own) if cut.deal > 1 else 0)
         return layer
 
-    def outcome(self, group: _Recording) -> torch.Tensor:
+    def outcome(self, group: Group) -> torch.Tensor:
         """y [T, N'] of this rank."""
         layer = self.layer(group)
         part = layer.cuts[0].input.slice
@@ -134,14 +100,13 @@ def _work() -> WorkList:
     )
 
 
-def _on_all_ranks(case: _Case, store: Path, noted: list[str]) -> list[torch.Tensor]:
-    """What each rank makes of the case, in a thread of its own; `noted` is rank 0's."""
+def _on_all_ranks(case: _Case, store: Path) -> list[torch.Tensor]:
+    """What each rank makes of the case, in a thread of its own."""
     outcomes: dict[int, torch.Tensor] = {}
 
     @torch.inference_mode()
     def run(rank: int) -> None:
-        group = _Recording(join(str(store), rank, SIZE, torch.device("cpu"), shared=False))
-        group.noted = noted if rank == 0 else []
+        group = join(str(store), rank, SIZE, torch.device("cpu"), shared=False)
         outcomes[rank] = case.outcome(group)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(SIZE)]
@@ -153,25 +118,14 @@ def _on_all_ranks(case: _Case, store: Path, noted: list[str]) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("style", ["colwise", "rowwise"])
-def test_large_steps_overlap_and_compute_the_same(
-    style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_have_together_what_a_whole_layer_computes(style: str, tmp_path: Path) -> None:
     linears = [nn.Linear(HIDDEN, out, dtype=torch.float64) for out in OUTS[style]]
     a = [torch.randn(RANK, HIDDEN, dtype=torch.float64) for _ in linears]
     b = [torch.randn(one.out_features, RANK, dtype=torch.float64) for one in linears]
     case = _Case(style, linears, a, b, torch.randn(TOKENS, HIDDEN, dtype=torch.float64))
-    outcomes = []
-    for limit, begins in ((TOKENS, "begins"), (TOKENS - 1, "begins beside")):
-        noted: list[str] = []
-        monkeypatch.setattr(sharded, "OVERLAPPED_TOKENS", limit)
-        outcomes.append(_on_all_ranks(case, tmp_path / str(limit), noted))
-        assert noted[:3] == [begins, "base product", "is waited for"]
-        # What a row layer ends with is needed at once.
-        assert noted[3:] == ([] if style == "colwise" else ["begins", "is waited for"])
-    for in_order, beside in zip(*outcomes, strict=True):
-        assert torch.equal(in_order, beside)
+    outcomes = _on_all_ranks(case, tmp_path / "store")
     with torch.inference_mode():
-        torch.testing.assert_close(_joined(style, outcomes[1]), case.expected())
+        torch.testing.assert_close(_joined(style, outcomes), case.expected())
 
 
 def _joined(style: str, parts: list[torch.Tensor]) -> torch.Tensor:

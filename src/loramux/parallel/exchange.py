@@ -1,0 +1,181 @@
+"""The ranks' mailboxes: memory of each GPU that the others write into.
+
+Small collectives take as long as a message is on its way. NCCL's take 10 us where the kernel of
+`kernels.triton_exchange` takes 3, and there are hundreds in a step. torch's symmetric memory makes the
+mailboxes; where it cannot, or the GPUs do not reach each other, or a trial goes wrong, there are none,
+and everything goes through NCCL.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from loramux.kernels.triton_exchange import (
+    ELEMENTS,
+    PROGRAMS,
+    Mailboxes,
+    exchange_gather,
+    exchange_sum,
+    num_words,
+)
+
+logger = logging.getLogger(__name__)
+
+SENT_BYTES = 4 << 20
+"""The most that a rank sends in an exchange, to all others together; NCCL moves more sooner."""
+
+TRIAL, TRIAL_S = 5000, 60.0
+"""Numbers of the trial, and how long it may take; cold kernels are compiled in it."""
+
+
+class Exchange:
+    """Sums and gathers of small tensors, on one stream."""
+
+    def __init__(
+        self, mailboxes: Mailboxes, memory: Any = None, leave: Callable[[], None] = lambda: None
+    ):
+        """`memory` is kept for as long as this is; `leave` gives up what belongs to the group."""
+        self._mailboxes = mailboxes
+        self._memory = memory
+        self._leave: Callable[[], None] | None = leave
+        on_gpu = mailboxes.alive.is_cuda
+        self._aside = torch.cuda.Stream(mailboxes.alive.device) if on_gpu else None
+        spare = mailboxes.alive.clone()
+        self._end(spare)  # so that nothing has to be loaded when it matters
+        if self._aside is not None:
+            self._aside.synchronize()
+
+    def takes(self, parts: torch.Tensor, *, sums: bool) -> bool:
+        """Whether `parts` [P, ...] can be exchanged, and sooner than by NCCL."""
+        types = [torch.float32] if parts.shape[0] > 1 else ELEMENTS
+        if sums and parts.dtype not in types:
+            return False
+        return parts.is_contiguous() and 0 < num_words(parts[0]) <= self._mailboxes.slot_words
+
+    def sum(self, parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`parts` [P, ...] of all ranks and of all P -> `out` [...], which may be parts[0]."""
+        exchange_sum(parts, out, self._mailboxes)
+        return out
+
+    def gather(self, parts: torch.Tensor, run: int) -> torch.Tensor:
+        """`parts` [P, ...], summed over P -> [M, N, run] of M runs of each rank."""
+        runs = parts[0].numel() // run
+        out = parts.new_empty(runs, self._mailboxes.size, run)  # [M, N, run]
+        exchange_gather(parts, run, out, self._mailboxes)
+        return out
+
+    def abandon(self) -> None:
+        """Let no exchange wait any more, and none that comes; from any thread."""
+        self._end(self._mailboxes.alive)
+
+    def _end(self, alive: torch.Tensor) -> None:
+        """Zero `alive` while kernels run."""
+        if self._aside is None:
+            alive.zero_()
+            return
+        with torch.cuda.stream(self._aside):
+            alive.zero_()
+
+    def close(self) -> None:
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
+
+
+def slot_words(size: int) -> int:
+    """Words of the largest message among `size` ranks."""
+    return SENT_BYTES // (size - 1) // 4 // 128 * 128
+
+
+def set_up(group: Any, store: Any, name: str, device: torch.device) -> Exchange | None:
+    """The exchange of `group`, a `Group` of CPU tensors; None where there can be none, on every rank.
+    Waits for all ranks. `name` is the group's in this process."""
+    why = _out_of_reach(group, device)
+    exchange = None
+    if _agree(group, why is None):
+        try:
+            exchange = _open(group, store, name, device)
+        except Exception as error:  # whatever torch finds missing
+            why = str(error)
+        if _agree(group, exchange is not None) and exchange is not None:
+            try:
+                why = _try(exchange, group.rank, group.size, device)
+            except Exception as error:  # of Triton's compiler, say
+                why = str(error)
+            if _agree(group, why is None):
+                return exchange
+    if exchange is not None:
+        exchange.abandon()
+        exchange.close()
+    logger.warning(
+        "GPUs do not write into each other's memory (%s): small collectives go through NCCL",
+        why or "another rank cannot",
+    )
+    return None
+
+
+def _agree(group: Any, well: bool) -> bool:
+    """Whether it is well on every rank."""
+    return int(group.all_reduce(torch.tensor([int(not well)]))) == 0
+
+
+def _out_of_reach(group: Any, device: torch.device) -> str | None:
+    """Why GPUs cannot write to each other; None if they can."""
+    assert device.index is not None
+    indices = group.all_gather(torch.tensor([device.index])).flatten().tolist()  # [N]
+    for other in indices:
+        if other != device.index and not torch.cuda.can_device_access_peer(device.index, other):
+            return f"GPU {device.index} does not reach GPU {other}"
+    return None
+
+
+def _open(group: Any, store: Any, name: str, device: torch.device) -> Exchange:
+    c10d: Any = torch._C._distributed_c10d
+    owner = c10d.ProcessGroup(store, group.rank, group.size)  # of which only name and store matter
+    owner._set_group_name(name)
+    c10d._register_process_group(name, owner)
+    words = slot_words(group.size)
+    memory: Any = c10d._SymmetricMemory
+    num_bytes = 2 * group.size * words * 8
+    mailbox = memory.empty_strided_p2p((num_bytes,), [1], torch.uint8, device, name)
+    mailbox.zero_()
+    torch.cuda.synchronize(device)  # before the others know where it is
+    handle = memory.rendezvous(mailbox, name)
+    mailboxes = Mailboxes(
+        rank=group.rank,
+        size=group.size,
+        addresses=torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device),
+        epochs=torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
+        alive=torch.ones(1, dtype=torch.int32, device=device),
+        slot_words=words,
+    )
+    return Exchange(mailboxes, (mailbox, handle), lambda: c10d._unregister_process_group(name))
+
+
+def _try(exchange: Exchange, rank: int, size: int, device: torch.device) -> str | None:
+    """Exchange numbers that every rank knows, three times so that both halves are used again. What is
+    wrong with them, if anything."""
+    numbers = torch.arange(TRIAL, dtype=torch.float32, device=device)
+    found = []
+    for turn in range(3):
+        own = (numbers * (rank + 1) + turn).unsqueeze(0)  # [1, TRIAL]
+        found.append((exchange.gather(own, TRIAL)[0], exchange.sum(own, own[0])))
+    event = torch.cuda.Event()
+    event.record()
+    deadline = time.monotonic() + TRIAL_S
+    while not event.query():
+        if time.monotonic() > deadline:
+            exchange.abandon()
+            return "nothing came in a trial"
+        time.sleep(0.001)
+    ranks = torch.arange(1, size + 1, dtype=torch.float32, device=device)
+    for turn, (gathered, total) in enumerate(found):
+        wanted = numbers * ranks[:, None] + turn  # [N, TRIAL]
+        if not (torch.equal(gathered, wanted) and torch.equal(total, wanted.sum(0))):
+            return "other numbers came than were sent"
+    return None
