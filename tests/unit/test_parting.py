@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -37,7 +38,7 @@ class Communicator:
         self._told.append("group")
 
 
-def test_graphs_go_before_the_communicator() -> None:
+def test_graphs_go_before_the_communicator(tmp_path: Path) -> None:
     told: list[str] = []
     graphs = StepGraphs([1, 2], lambda key: None, lambda key: cast(StepOutput, None))
     for size in (1, 2):
@@ -46,11 +47,32 @@ def test_graphs_go_before_the_communicator() -> None:
     runner, team = GpuRunner.__new__(GpuRunner), Team.__new__(Team)
     runner._graphs = graphs
     team.group = Group(0, 2, Communicator(told, graphs))
+    team._folder = str(tmp_path / "store")
     leading = LeadingRunner.__new__(LeadingRunner)
     leading._runner, leading._team = runner, team
     leading.close()
     assert told == ["graph", "graph", "group"]
     assert graphs.get(GraphKey(1)) is None
+
+
+def test_the_communicator_goes_before_the_store(tmp_path: Path) -> None:
+    """It asks the store to its end, and that waits minutes for a file that is gone."""
+    store = tmp_path / "store"
+    store.mkdir()
+    seen: list[bool] = []
+
+    class Asking:
+        def __del__(self) -> None:
+            seen.append(store.exists())
+
+        def abort(self) -> None:
+            seen.append(store.exists())
+
+    team = Team.__new__(Team)
+    team.group, team._folder = Group(0, 2, Asking()), str(store)
+    team.leave()
+    assert seen == [True, True]
+    assert not store.exists()
 
 
 def test_a_communicator_that_never_ends_is_left_behind() -> None:

@@ -89,7 +89,7 @@ class LeadingRunner:
     def close(self) -> None:
         """Of this rank; the others leave when `Team.close` tells them to."""
         self._runner.close()
-        self._team.group.close()
+        self._team.leave()
 
 
 MakeRunner = Callable[[Attached, EngineConfig, ModelFacts], Runner]

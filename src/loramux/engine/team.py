@@ -217,15 +217,22 @@ class Team:
                 self._processes[rank].kill()
                 self._processes[rank].wait()
             link.close()
+
+    def leave(self) -> None:
+        """This rank leaves as well, after the others; what was captured here must be gone."""
+        self.group.close()
+        # Not before: a communicator on its way out asks the store, and where there is none it tries for
+        # as long as it would wait for a rank.
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def end(self) -> None:
-        """End them at once."""
+        """End them and this rank's part at once."""
         with self._changed:
             self._closing = True
         for process in self._processes.values():
             process.kill()
         self.close()
+        self.leave()
 
     def _wait_here(self, count: int) -> list[list[ModelFacts | None]]:
         """Until every rank has said so many times that it is there."""

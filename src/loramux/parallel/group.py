@@ -109,8 +109,9 @@ class Group:
             self.exchange.abandon()
         if self.beside is not self:
             self.beside.abort()
-        if self._group is not None and hasattr(self._group, "abort"):
-            self._group.abort()
+        group = self._group
+        if group is not None and hasattr(group, "abort"):
+            group.abort()
 
     def close(self, wait_s: float = LEAVE_S) -> None:
         """Leave, when the other ranks have left or will. Captured graphs must be gone: a communicator
@@ -119,9 +120,13 @@ class Group:
             self.exchange.close()
         if self._group is None or self._staged:
             return
-        thread = threading.Thread(target=self.abort, name="group-close", daemon=True)
+        thread = threading.Thread(target=self._leave, name="group-close", daemon=True)
         thread.start()
         thread.join(wait_s)
+
+    def _leave(self) -> None:
+        self.abort()
+        self._group = None  # what it still has to ask the store it asks now
 
     def _sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Contiguous `parts` [P, ...] -> [...], summed over P and all ranks; of one part in place."""
