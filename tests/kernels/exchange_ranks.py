@@ -23,7 +23,7 @@ from loramux.kernels import triton_exchange
 from loramux.parallel.exchange import Exchange
 
 SLOT_WORDS = 640
-PROGRAMS, WORDS = 3, 32  # small, so that messages take several rounds of several programs
+PROGRAMS, WORDS = 3, 32
 PATIENCE_S = 120
 
 
@@ -46,7 +46,7 @@ class Case:
         return runs.transpose(0, 1).to(self.dtype)  # [M, N, run]
 
     def exchanged(self, exchange: Exchange, own: torch.Tensor) -> torch.Tensor:
-        assert exchange.takes(own, sums=not self.run or own.shape[0] > 1)
+        assert exchange.takes(own, sums=not self.run)
         return exchange.gather(own, self.run) if self.run else exchange.sum(own, own[0])
 
 
@@ -88,28 +88,37 @@ def empty_memory(size: int, device: str = "cpu") -> torch.Tensor:
     return torch.zeros(size, 2, size, SLOT_WORDS, dtype=torch.int64, device=device)
 
 
-def make_small() -> None:
+def set_small(round_bytes: int) -> None:
+    """Make messages take several rounds of several programs, and sums two rounds from there on."""
     triton_exchange.PROGRAMS, triton_exchange.WORDS = PROGRAMS, WORDS
+    triton_exchange.ROUND_BYTES = round_bytes
 
 
-def _be_rank(rank: int, memory: torch.Tensor, turns: list[Case], epoch: int, results: Any) -> None:
-    """In a process of its own; hurries and dawdles."""
-    make_small()
+def _be_rank(
+    rank: int, memory: torch.Tensor, turns: list[Case], epoch: int, round_bytes: int, results: Any
+) -> None:
+    """In a process of its own; hurries and dawdles, and is late where the epoch passes zero."""
+    set_small(round_bytes)
     exchange = Exchange(mailboxes(rank, memory, epoch))
     dice = random.Random(rank)
     found = []
     for turn, case in enumerate(turns):
-        time.sleep(dice.choice([0, 0, 0.01]))
+        passes = rank > 0 and epoch + turn + 1 == 0
+        time.sleep(0.5 if passes else dice.choice([0, 0, 0.01]))
         found.append(case.exchanged(exchange, case.own(rank, turn)).clone())
     results.put((rank, [one.view(torch.uint8).numpy() for one in found]))
 
 
-def in_processes(size: int, turns: list[Case], epoch: int) -> list[list[torch.Tensor]]:
+def in_processes(
+    size: int, turns: list[Case], epoch: int, round_bytes: int
+) -> list[list[torch.Tensor]]:
     context = multiprocessing.get_context("spawn")
     memory = empty_memory(size).share_memory_()
     results = context.Queue()
     processes = [
-        context.Process(target=_be_rank, args=(rank, memory, turns, epoch, results), daemon=True)
+        context.Process(
+            target=_be_rank, args=(rank, memory, turns, epoch, round_bytes, results), daemon=True
+        )
         for rank in range(size)
     ]
     for process in processes:

@@ -4,6 +4,7 @@ of all ranks' tensors."""
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,39 +13,47 @@ triton_exchange = pytest.importorskip("loramux.kernels.triton_exchange")
 
 from exchange_ranks import (  # noqa: E402
     PATIENCE_S,
-    PROGRAMS,
     SLOT_WORDS,
-    WORDS,
+    Case,
     empty_memory,
     in_processes,
     mailboxes,
     make_turns,
     on_streams,
+    set_small,
 )
 
 from loramux.parallel.exchange import Exchange  # noqa: E402
 
 
-@pytest.mark.parametrize("size, epoch", [(2, 0), (3, 0), (2, -4)], ids=["2", "3", "2-wraps"])
-def test_all_ranks_get_what_torch_makes_of_all(
-    size: int, epoch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One after the other, in many sizes; in the last case the count of epochs passes zero."""
-    turns = make_turns(30)
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROGRAMS", "WORDS", "ROUND_BYTES"):
+        monkeypatch.setattr(triton_exchange, name, getattr(triton_exchange, name))
+
+
+@pytest.mark.parametrize(
+    "size, epoch, round_bytes",
+    [(2, 0, 1 << 30), (3, 0, 1 << 30), (2, -2, 1 << 30), (2, 0, -1), (3, 0, 0), (4, 0, 0)],
+    ids=["2", "3", "2-wraps", "2-in-two", "3-in-two", "4-in-two"],
+)
+def test_all_ranks_get_what_torch_makes_of_all(size: int, epoch: int, round_bytes: int) -> None:
+    """One after the other, in many sizes; in one case the count of epochs passes zero."""
+    largest = Case(torch.float32, (1, SLOT_WORDS * size // 2), 0)
+    turns = [largest, *make_turns(30), largest]
     if torch.cuda.is_available():
-        monkeypatch.setattr(triton_exchange, "PROGRAMS", PROGRAMS)
-        monkeypatch.setattr(triton_exchange, "WORDS", WORDS)
+        set_small(round_bytes)
         answers = on_streams(size, turns, epoch)
     else:
-        answers = in_processes(size, turns, epoch)
+        answers = in_processes(size, turns, epoch, round_bytes)
     for of_rank in answers:
         for turn, (case, found) in enumerate(zip(turns, of_rank, strict=True)):
             wanted = case.expected(size, turn)
             assert torch.equal(found.view(wanted.shape), wanted), (turn, case)
 
 
-def test_nobody_waits_once_it_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_exchange, "PROGRAMS", PROGRAMS)
+def test_nobody_waits_once_it_is_abandoned() -> None:
+    set_small(round_bytes=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = empty_memory(2, device)
     boxes = mailboxes(0, memory)
@@ -86,3 +95,16 @@ def test_nobody_waits_once_it_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_what_is_exchanged(parts: torch.Tensor, sums: bool, taken: bool) -> None:
     assert Exchange(mailboxes(0, empty_memory(2))).takes(parts, sums=sums) is taken
+
+
+def test_two_rounds_are_for_what_they_save() -> None:
+    """A round's bytes, of 4 KB to 4 MB among 2 to 8 ranks; and what no slot would hold."""
+
+    def rounds(size: int, kilobytes: int, slot_words: int = 1 << 20) -> bool:
+        boxes = replace(mailboxes(0, empty_memory(2)), size=size, slot_words=slot_words)
+        return bool(triton_exchange.in_two_rounds(256 * kilobytes, boxes))
+
+    assert not any(rounds(2, kilobytes) for kilobytes in (4, 512, 4096))
+    assert [rounds(4, kilobytes) for kilobytes in (4, 256, 512)] == [False, False, True]
+    assert [rounds(8, kilobytes) for kilobytes in (4, 64, 128)] == [False, False, True]
+    assert rounds(4, 256, slot_words=256 * 255)

@@ -21,6 +21,7 @@ from loramux.kernels.triton_exchange import (
     Mailboxes,
     exchange_gather,
     exchange_sum,
+    most_words,
     num_words,
 )
 
@@ -30,7 +31,7 @@ SENT_BYTES = 4 << 20
 """The most that a rank sends in an exchange, to all others together; NCCL moves more sooner."""
 
 TRIAL, TRIAL_S = 5000, 60.0
-"""Numbers of the trial, and how long it may take; cold kernels are compiled in it."""
+"""Numbers of a small message in the trial, and how long it may take; kernels are compiled in it."""
 
 
 class Exchange:
@@ -51,11 +52,17 @@ class Exchange:
             self._aside.synchronize()
 
     def takes(self, parts: torch.Tensor, *, sums: bool) -> bool:
-        """Whether `parts` [P, ...] can be exchanged, and sooner than by NCCL."""
-        types = [torch.float32] if parts.shape[0] > 1 else ELEMENTS
-        if sums and parts.dtype not in types:
+        """Whether `parts` [P, ...] can be summed, or gathered, and sooner than by NCCL."""
+        several = parts.shape[0] > 1
+        if (sums or several) and parts.dtype not in ([torch.float32] if several else ELEMENTS):
             return False
-        return parts.is_contiguous() and 0 < num_words(parts[0]) <= self._mailboxes.slot_words
+        words = num_words(parts[0]) if parts.is_contiguous() else 0
+        return 0 < words <= most_words(self._mailboxes, sums=sums)
+
+    @property
+    def most_words(self) -> int:
+        """32-bit words of the largest sum."""
+        return most_words(self._mailboxes, sums=True)
 
     def sum(self, parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`parts` [P, ...] of all ranks and of all P -> `out` [...], which may be parts[0]."""
@@ -88,7 +95,7 @@ class Exchange:
 
 
 def slot_words(size: int) -> int:
-    """Words of the largest message among `size` ranks."""
+    """Words of what a rank sends to each of the others at most."""
     return SENT_BYTES // (size - 1) // 4 // 128 * 128
 
 
@@ -160,11 +167,13 @@ def _open(group: Any, store: Any, name: str, device: torch.device) -> Exchange:
 def _try(exchange: Exchange, rank: int, size: int, device: torch.device) -> str | None:
     """Exchange numbers that every rank knows, three times so that both halves are used again. What is
     wrong with them, if anything."""
-    numbers = torch.arange(TRIAL, dtype=torch.float32, device=device)
+    numbers = torch.arange(exchange.most_words, device=device).remainder(1000).float()
     found = []
     for turn in range(3):
-        own = (numbers * (rank + 1) + turn).unsqueeze(0)  # [1, TRIAL]
-        found.append((exchange.gather(own, TRIAL)[0], exchange.sum(own, own[0])))
+        own = (numbers * (rank + 1) + turn).unsqueeze(0)  # [1, W]
+        few = own[:, :TRIAL].clone()  # [1, TRIAL]
+        gathered = exchange.gather(few, TRIAL)[0]  # [N, TRIAL]
+        found.append((gathered, exchange.sum(few, few[0]), exchange.sum(own, own[0])))
     event = torch.cuda.Event()
     event.record()
     deadline = time.monotonic() + TRIAL_S
@@ -174,8 +183,10 @@ def _try(exchange: Exchange, rank: int, size: int, device: torch.device) -> str 
             return "nothing came in a trial"
         time.sleep(0.001)
     ranks = torch.arange(1, size + 1, dtype=torch.float32, device=device)
-    for turn, (gathered, total) in enumerate(found):
-        wanted = numbers * ranks[:, None] + turn  # [N, TRIAL]
-        if not (torch.equal(gathered, wanted) and torch.equal(total, wanted.sum(0))):
+    for turn, (gathered, few, many) in enumerate(found):
+        wanted = numbers * ranks[:, None] + turn  # [N, W]
+        total = wanted.sum(0)  # [W]
+        same = torch.equal(gathered, wanted[:, :TRIAL]) and torch.equal(few, total[:TRIAL])
+        if not (same and torch.equal(many, total)):
             return "other numbers came than were sent"
     return None

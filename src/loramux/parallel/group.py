@@ -141,7 +141,7 @@ class Group:
     def _gather(self, parts: torch.Tensor, run: int) -> torch.Tensor:
         """Contiguous `parts` [P, ...], summed over P -> [M, size, run] of M runs of each rank."""
         self.entered += 1
-        if self.exchange is not None and self.exchange.takes(parts, sums=parts.shape[0] > 1):
+        if self.exchange is not None and self.exchange.takes(parts, sums=False):
             return self.exchange.gather(parts, run)
         mine = self._there(parts.sum(0) if parts.shape[0] > 1 else parts[0])  # [...]
         of_all = mine.new_empty(self.size * mine.numel())  # [size * ...]
