@@ -1,0 +1,188 @@
+"""Small collectives among this machine's GPUs, by size: python bench/collectives.py
+
+Sums and gathers as the layers of a step ask for them: through mailboxes in one round and in two, and
+through NCCL. Microseconds of one, as the median of many replays of a graph that has several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from loramux.bench.report import append_row, header, result_path, write_results
+from loramux.parallel import Group, join
+
+KILOBYTES = (4, 16, 64, 256, 512, 1024, 2048, 4096)
+WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`calls` stand in a graph, which is replayed `repeats` times."""
+
+    ranks: int
+    device: str = "cuda"
+    kilobytes: tuple[int, ...] = KILOBYTES
+    calls: int = 32
+    repeats: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Of bfloat16 tensors of so many kilobytes on each rank; None: not measured, or too large."""
+
+    kilobytes: int
+    sum_nccl_us: float | None
+    sum_one_round_us: float | None
+    sum_two_rounds_us: float | None
+    gather_nccl_us: float | None
+    gather_us: float | None
+
+
+def measure(settings: Settings, tell: Callable[[Row], None]) -> None:
+    """Tell each row as it is measured, on this process and `ranks - 1` more."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder:
+        store = str(Path(folder) / "store")
+        others = [
+            context.Process(target=_be_rank, args=(settings, rank, store), daemon=True)
+            for rank in range(1, settings.ranks)
+        ]
+        for process in others:
+            process.start()
+        _be_rank(settings, 0, store, tell)
+        for process in others:
+            process.join()
+
+
+def _be_rank(
+    settings: Settings, rank: int, store: str, tell: Callable[[Row], None] | None = None
+) -> None:
+    on_gpu = settings.device == "cuda"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    group = join(store, rank, settings.ranks, device, shared=False)
+    with torch.inference_mode():
+        for kilobytes in settings.kilobytes:
+            row = _row(settings, group, kilobytes, device)
+            if tell is not None:
+                tell(row)
+    group.close()
+
+
+def _row(settings: Settings, group: Group, kilobytes: int, device: torch.device) -> Row:
+    # Sums are in place: with every call the numbers grow, to infinity before long.
+    tensor = torch.randn(1, kilobytes * 512, device=device).bfloat16()  # [1, W]
+    mailboxes = group.exchange
+
+    def sums(rounds: int) -> float | None:
+        if mailboxes is None or not mailboxes.takes(tensor, sums=True):
+            return None
+        with _in_rounds(rounds):
+            return _microseconds(settings, group, lambda: group.sum_parts(tensor))
+
+    def gathers() -> float:
+        return _microseconds(settings, group, lambda: group.gather_runs(tensor[:, None], 512))
+
+    takes = mailboxes is not None and mailboxes.takes(tensor, sums=False)
+    one, two, gather = sums(1), sums(2), gathers() if takes else None
+    group.exchange = None
+    try:
+        nccl = _microseconds(settings, group, lambda: group.sum_parts(tensor))
+        return Row(kilobytes, nccl, one, two, gathers(), gather)
+    finally:
+        group.exchange = mailboxes
+
+
+@contextlib.contextmanager
+def _in_rounds(rounds: int) -> Iterator[None]:
+    from loramux.kernels import triton_exchange
+
+    before = triton_exchange.ROUND_BYTES
+    triton_exchange.ROUND_BYTES = -1 if rounds == 2 else 1 << 40
+    try:
+        yield
+    finally:
+        triton_exchange.ROUND_BYTES = before
+
+
+def _microseconds(settings: Settings, group: Group, call: Callable[[], Any]) -> float:
+    for _ in range(WARM_UP):
+        call()
+    replay = _graph(settings, call)
+    times = []
+    for _ in range(settings.repeats):
+        group.beside.all_reduce(torch.zeros(1))  # all begin together
+        times.append(replay() / settings.calls)
+    return round(statistics.median(times), 2)
+
+
+def _graph(settings: Settings, call: Callable[[], Any]) -> Callable[[], float]:
+    """What runs `call` so many times, and says how many microseconds that took."""
+    if settings.device != "cuda":
+        return lambda: _clocked(settings, call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(settings.calls):
+            call()
+
+    def replay() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1000 * float(begin.elapsed_time(end))
+
+    return replay
+
+
+def _clocked(settings: Settings, call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    for _ in range(settings.calls):
+        call()
+    return 1e6 * (time.perf_counter() - begin)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python bench/collectives.py")
+    parser.add_argument("--ranks", type=int, help="default: all GPUs, or 2 on a CPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--kilobytes", type=int, nargs="+", default=list(KILOBYTES))
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    options = parser.parse_args(argv)
+    gpus = torch.cuda.device_count() if options.device == "cuda" else 2
+    settings = Settings(options.ranks or gpus, options.device, tuple(options.kilobytes))
+    if settings.ranks < 2 or (options.device == "cuda" and settings.ranks > gpus):
+        parser.error(f"{settings.ranks} ranks on {gpus} GPUs")
+    name = torch.cuda.get_device_name() if options.device == "cuda" else None
+    head = header({**asdict(settings), "command": "python bench/collectives.py"}, name)
+    path = options.output
+    if path.suffix != ".jsonl":
+        path = result_path(path, name, f"x{settings.ranks}-collectives")
+    write_results(path, head, [])
+    table = Table(*Row.__dataclass_fields__, title=f"microseconds, {settings.ranks} ranks")
+    measure(settings, lambda row: _keep(row, path, table))
+    Console().print(table)
+    return 0
+
+
+def _keep(row: Row, path: Path, table: Table) -> None:
+    append_row(path, asdict(row))
+    table.add_row(*("" if value is None else str(value) for value in asdict(row).values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
