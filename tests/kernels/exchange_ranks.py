@@ -11,7 +11,9 @@ import os
 import queue
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from loramux.kernels import triton_exchange
+from loramux.parallel import exchange, join
 from loramux.parallel.exchange import Exchange
 
 SLOT_WORDS = 640
@@ -45,9 +48,9 @@ class Case:
         runs = torch.stack(ranks).view(size, -1, self.run)  # [N, M, run]
         return runs.transpose(0, 1).to(self.dtype)  # [M, N, run]
 
-    def exchanged(self, exchange: Exchange, own: torch.Tensor) -> torch.Tensor:
-        assert exchange.takes(own, sums=not self.run)
-        return exchange.gather(own, self.run) if self.run else exchange.sum(own, own[0])
+    def exchanged(self, by: Exchange, own: torch.Tensor) -> torch.Tensor:
+        assert by.takes(own, sums=not self.run)
+        return by.gather(own, self.run) if self.run else by.sum(own, own[0])
 
 
 CASES = [
@@ -94,31 +97,69 @@ def set_small(round_bytes: int) -> None:
     triton_exchange.ROUND_BYTES = round_bytes
 
 
-def _be_rank(
-    rank: int, memory: torch.Tensor, turns: list[Case], epoch: int, round_bytes: int, results: Any
-) -> None:
-    """In a process of its own; hurries and dawdles, and is late where the epoch passes zero."""
+def set_up_ranks(trouble: str, store: Path) -> list[bool]:
+    """Whether each of two ranks gets an exchange, when rank 1 is in `trouble`; on a CPU."""
+    memory = empty_memory(2).share_memory_()
+    return _in_processes(2, _set_up, memory, trouble, str(store))
+
+
+def _set_up(rank: int, memory: torch.Tensor, trouble: str, store: str) -> bool:
+    """As on GPUs, but for their memory."""
+    set_small(round_bytes=0)
+    exchange.TRIAL = 100
+    trouble = trouble if rank == 1 else ""
+    group = join(store, rank, 2, torch.device("cpu"), shared=False)
+
+    class Garbled(Exchange):
+        def sum(self, parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            return super().sum(parts, out).add_(1)
+
+    def open_mailboxes(*_: Any) -> Exchange:
+        if trouble == "closed":
+            raise RuntimeError("no such memory")
+        return (Garbled if trouble == "garbled" else Exchange)(mailboxes(rank, memory))
+
+    exchange._out_of_reach = lambda *_: "far away" if trouble == "far" else None
+    exchange._open = open_mailboxes
+    return exchange.set_up(group, None, "", torch.device("cpu")) is not None
+
+
+def _take_turns(
+    rank: int, memory: torch.Tensor, turns: list[Case], epoch: int, round_bytes: int
+) -> list[Any]:
+    """Hurries and dawdles, and is late where the epoch passes zero."""
     set_small(round_bytes)
-    exchange = Exchange(mailboxes(rank, memory, epoch))
+    own = Exchange(mailboxes(rank, memory, epoch))
     dice = random.Random(rank)
     found = []
     for turn, case in enumerate(turns):
         passes = rank > 0 and epoch + turn + 1 == 0
         time.sleep(0.5 if passes else dice.choice([0, 0, 0.01]))
-        found.append(case.exchanged(exchange, case.own(rank, turn)).clone())
-    results.put((rank, [one.view(torch.uint8).numpy() for one in found]))
+        found.append(case.exchanged(own, case.own(rank, turn)).clone())
+    return [one.view(torch.uint8).numpy() for one in found]
 
 
 def in_processes(
     size: int, turns: list[Case], epoch: int, round_bytes: int
 ) -> list[list[torch.Tensor]]:
-    context = multiprocessing.get_context("spawn")
+    """What comes out of each turn on each rank."""
     memory = empty_memory(size).share_memory_()
+    answers = _in_processes(size, _take_turns, memory, turns, epoch, round_bytes)
+    return [
+        [
+            torch.from_numpy(one.copy()).view(case.dtype)
+            for case, one in zip(turns, of_rank, strict=True)
+        ]
+        for of_rank in answers
+    ]
+
+
+def _in_processes(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function` returns in a process for each rank."""
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(
-            target=_be_rank, args=(rank, memory, turns, epoch, round_bytes, results), daemon=True
-        )
+        context.Process(target=_report, args=(results, function, rank, *args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -126,13 +167,11 @@ def in_processes(
     answers = dict(_get(results, processes) for _ in processes)
     for process in processes:
         process.join(PATIENCE_S)
-    return [
-        [
-            torch.from_numpy(one.copy()).view(case.dtype)
-            for case, one in zip(turns, answers[rank], strict=True)
-        ]
-        for rank in range(size)
-    ]
+    return [answers[rank] for rank in range(size)]
+
+
+def _report(results: Any, function: Callable[..., Any], rank: int, *args: Any) -> None:
+    results.put((rank, function(rank, *args)))
 
 
 def _get(results: Any, processes: list[Any]) -> Any:

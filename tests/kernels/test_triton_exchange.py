@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from exchange_ranks import (  # noqa: E402
     make_turns,
     on_streams,
     set_small,
+    set_up_ranks,
 )
 
 from loramux.parallel.exchange import Exchange  # noqa: E402
@@ -108,3 +110,9 @@ def test_two_rounds_are_for_what_they_save() -> None:
     assert [rounds(4, kilobytes) for kilobytes in (4, 256, 512)] == [False, False, True]
     assert [rounds(8, kilobytes) for kilobytes in (4, 64, 128)] == [False, False, True]
     assert rounds(4, 256, slot_words=256 * 255)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks would need GPUs of their own")
+@pytest.mark.parametrize("trouble", ["", "far", "closed", "garbled"])
+def test_all_ranks_have_mailboxes_or_none(trouble: str, tmp_path: Path) -> None:
+    assert set_up_ranks(trouble, tmp_path / "store") == [not trouble] * 2

@@ -146,22 +146,31 @@ def _open(group: Any, store: Any, name: str, device: torch.device) -> Exchange:
     owner = c10d.ProcessGroup(store, group.rank, group.size)  # of which only name and store matter
     owner._set_group_name(name)
     c10d._register_process_group(name, owner)
-    words = slot_words(group.size)
-    memory: Any = c10d._SymmetricMemory
-    num_bytes = 2 * group.size * words * 8
-    mailbox = memory.empty_strided_p2p((num_bytes,), [1], torch.uint8, device, name)
+    try:
+        mailboxes, memory = _allocate(group.rank, group.size, name, device)
+    except Exception:
+        c10d._unregister_process_group(name)
+        raise
+    return Exchange(mailboxes, memory, lambda: c10d._unregister_process_group(name))
+
+
+def _allocate(rank: int, size: int, name: str, device: torch.device) -> tuple[Mailboxes, Any]:
+    """The mailboxes, and what keeps them."""
+    memory: Any = torch._C._distributed_c10d._SymmetricMemory
+    words = slot_words(size)
+    mailbox = memory.empty_strided_p2p((2 * size * words * 8,), [1], torch.uint8, device, name)
     mailbox.zero_()
     torch.cuda.synchronize(device)  # before the others know where it is
     handle = memory.rendezvous(mailbox, name)
     mailboxes = Mailboxes(
-        rank=group.rank,
-        size=group.size,
+        rank=rank,
+        size=size,
         addresses=torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device),
         epochs=torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
         alive=torch.ones(1, dtype=torch.int32, device=device),
         slot_words=words,
     )
-    return Exchange(mailboxes, (mailbox, handle), lambda: c10d._unregister_process_group(name))
+    return mailboxes, (mailbox, handle)
 
 
 def _try(exchange: Exchange, rank: int, size: int, device: torch.device) -> str | None:
@@ -174,14 +183,9 @@ def _try(exchange: Exchange, rank: int, size: int, device: torch.device) -> str 
         few = own[:, :TRIAL].clone()  # [1, TRIAL]
         gathered = exchange.gather(few, TRIAL)[0]  # [N, TRIAL]
         found.append((gathered, exchange.sum(few, few[0]), exchange.sum(own, own[0])))
-    event = torch.cuda.Event()
-    event.record()
-    deadline = time.monotonic() + TRIAL_S
-    while not event.query():
-        if time.monotonic() > deadline:
-            exchange.abandon()
-            return "nothing came in a trial"
-        time.sleep(0.001)
+    if not _come(device):
+        exchange.abandon()
+        return "nothing came in a trial"
     ranks = torch.arange(1, size + 1, dtype=torch.float32, device=device)
     for turn, (gathered, few, many) in enumerate(found):
         wanted = numbers * ranks[:, None] + turn  # [N, W]
@@ -190,3 +194,17 @@ def _try(exchange: Exchange, rank: int, size: int, device: torch.device) -> str 
         if not (same and torch.equal(many, total)):
             return "other numbers came than were sent"
     return None
+
+
+def _come(device: torch.device) -> bool:
+    """Whether what was launched is done in time."""
+    if device.type != "cuda":
+        return True
+    event = torch.cuda.Event()
+    event.record()
+    deadline = time.monotonic() + TRIAL_S
+    while not event.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
