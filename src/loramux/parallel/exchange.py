@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from loramux.kernels.triton_exchange import (
     most_words,
     num_words,
 )
+
+if TYPE_CHECKING:
+    from loramux.parallel.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +102,7 @@ def slot_words(size: int) -> int:
     return SENT_BYTES // (size - 1) // 4 // 128 * 128
 
 
-def set_up(group: Any, store: Any, name: str, device: torch.device) -> Exchange | None:
+def set_up(group: Group, store: Any, name: str, device: torch.device) -> Exchange | None:
     """The exchange of `group`, a `Group` of CPU tensors; None where there can be none, on every rank.
     Waits for all ranks. `name` is the group's in this process."""
     why = _out_of_reach(group, device)
@@ -126,12 +129,12 @@ def set_up(group: Any, store: Any, name: str, device: torch.device) -> Exchange 
     return None
 
 
-def _agree(group: Any, well: bool) -> bool:
+def _agree(group: Group, well: bool) -> bool:
     """Whether it is well on every rank."""
     return int(group.all_reduce(torch.tensor([int(not well)]))) == 0
 
 
-def _out_of_reach(group: Any, device: torch.device) -> str | None:
+def _out_of_reach(group: Group, device: torch.device) -> str | None:
     """Why GPUs cannot write to each other; None if they can."""
     assert device.index is not None
     indices = group.all_gather(torch.tensor([device.index])).flatten().tolist()  # [N]
@@ -141,7 +144,7 @@ def _out_of_reach(group: Any, device: torch.device) -> str | None:
     return None
 
 
-def _open(group: Any, store: Any, name: str, device: torch.device) -> Exchange:
+def _open(group: Group, store: Any, name: str, device: torch.device) -> Exchange:
     c10d: Any = torch._C._distributed_c10d
     owner = c10d.ProcessGroup(store, group.rank, group.size)  # of which only name and store matter
     owner._set_group_name(name)
