@@ -46,16 +46,15 @@ ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 @dataclass(frozen=True, slots=True)
 class Mailboxes:
-    """Where the ranks of a group write to each other; all but `rank` is the same on all of them, and
-    all but `epochs` begins as zeros."""
+    """Where the ranks of a group write to each other, as one of them sees it."""
 
     rank: int
     size: int
     addresses: torch.Tensor
-    """Of each rank's mailbox, int64 [N]: [2, N, slot_words] of 64 bits each."""
+    """Of each rank's mailbox, int64 [N]: [2, N, slot_words] of 64 bits each, zeros at first."""
 
     epochs: torch.Tensor
-    """Exchanges so far, int32 [PROGRAMS]."""
+    """Exchanges so far, int32 [PROGRAMS]; on all ranks the same."""
 
     alive: torch.Tensor
     """int32 [1]; once 0 nobody waits any more, and what comes out is anything."""

@@ -50,7 +50,7 @@ class Group:
         return self._sum(tensor.contiguous().unsqueeze(0))
 
     def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
-        """`parts` [P, ...] -> [...], the sum over P and all ranks; of one part in place."""
+        """`parts` [P, ...], which are lost -> [...], the sum over P and all ranks."""
         if self.size == 1 or not parts.numel():
             return parts[0] if parts.shape[0] == 1 else parts.sum(0)
         return self._sum(parts.contiguous())
@@ -66,8 +66,10 @@ class Group:
         """`parts` [P, T, W], of one shape on all ranks and summed over P -> [T, size * W], the ranks'
         numbers in turn, `run` of each; W is a multiple of it."""
         _, tokens, width = parts.shape
-        if self.size == 1 or not parts.numel():
+        if self.size == 1:
             return parts.sum(0) if parts.shape[0] > 1 else parts[0]
+        if not parts.numel():
+            return parts.new_empty(tokens, self.size * width)
         return self._gather(parts.contiguous(), run).view(tokens, self.size * width)
 
     def gather_columns(self, tensor: torch.Tensor, columns: Stripe) -> torch.Tensor:
@@ -129,7 +131,8 @@ class Group:
         self._group = None  # what it still has to ask the store it asks now
 
     def _sum(self, parts: torch.Tensor) -> torch.Tensor:
-        """Contiguous `parts` [P, ...] -> [...], summed over P and all ranks; of one part in place."""
+        """Contiguous `parts` [P, ...] -> [...], summed over P and all ranks; a single part in place, and
+        several are lost."""
         self.entered += 1
         if self.exchange is not None and self.exchange.takes(parts, sums=True):
             return self.exchange.sum(parts, parts[0])
