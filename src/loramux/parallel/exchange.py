@@ -9,6 +9,7 @@ and everything goes through NCCL.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,8 @@ def _open(group: Group, store: Any, name: str, device: torch.device) -> Exchange
 
 def _allocate(rank: int, size: int, name: str, device: torch.device) -> tuple[Mailboxes, Any]:
     """The mailboxes, and what keeps them."""
+    # Multicast memory needs more of a machine and serves nothing here.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     memory: Any = torch._C._distributed_c10d._SymmetricMemory
     words = slot_words(size)
     mailbox = memory.empty_strided_p2p((2 * size * words * 8,), [1], torch.uint8, device, name)
