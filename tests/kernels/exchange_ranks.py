@@ -1,7 +1,4 @@
-"""Ranks that exchange: processes with memory in common that interpret the kernel, or streams of a GPU.
-
-Random values are such that sums of them are exact in every type.
-"""
+"""Ranks that exchange: processes that share memory and interpret the kernel, or streams of a GPU."""
 
 from __future__ import annotations
 
@@ -39,14 +36,22 @@ class Case:
     def own(self, rank: int, turn: int) -> torch.Tensor:
         """What a rank has at its turn [P, ...]."""
         dice = torch.Generator().manual_seed(97 * turn + rank)
-        return torch.randint(-8, 9, self.shape, generator=dice).to(self.dtype)
+        return (100 * torch.randn(self.shape, generator=dice)).to(self.dtype)
 
     def expected(self, size: int, turn: int) -> torch.Tensor:
-        ranks = [self.own(rank, turn).double().sum(0) for rank in range(size)]
+        """Sums are in float32, first over the parts, then in the order of the ranks."""
+        ranks = [self._whole(self.own(rank, turn)) for rank in range(size)]
         if not self.run:
-            return sum(ranks[1:], ranks[0]).to(self.dtype)
+            return self._whole(torch.stack(ranks)).to(self.dtype)
         runs = torch.stack(ranks).view(size, -1, self.run)  # [N, M, run]
         return runs.transpose(0, 1).to(self.dtype)  # [M, N, run]
+
+    def _whole(self, parts: torch.Tensor) -> torch.Tensor:
+        """[P, ...] -> [...]."""
+        total = parts[0] if parts.dtype == torch.int32 else parts[0].float()
+        for part in parts[1:]:
+            total = total + part
+        return total
 
     def exchanged(self, by: Exchange, own: torch.Tensor) -> torch.Tensor:
         assert by.takes(own, sums=not self.run)

@@ -28,6 +28,7 @@ import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+from loramux.kernels.triton_delta import rounded
 from loramux.kernels.triton_launch import early, wait
 
 PROGRAMS = 128
@@ -79,7 +80,7 @@ def _high(word, ELEMENT: tl.constexpr):
 @triton.jit
 def _half(value, ELEMENT: tl.constexpr):
     """The 16 bits of float32 `value` in ELEMENT, as int32."""
-    return value.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return rounded(value, ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
