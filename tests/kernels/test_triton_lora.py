@@ -146,6 +146,7 @@ def test_shrink_of_dtypes(activations: torch.dtype, weights: torch.dtype, device
         ((0, 8), 1, 4, 16, False),  # more parts than there is work for
         ((0, 3, 5, 8), 300, 8, 16, True),
         ((0, 3, 5, 8), 128, 1, 64, True),
+        ((0, 3, 8), 200, 1, 64, False),
         ((0, 3, 5, 8), 128, 2, 4, True),
     ],
 )
@@ -164,6 +165,14 @@ def test_shrink_then_expand_is_the_delta(device: str) -> None:
     triton_shrink.lora_shrink(x.to(device), there.site, there.work, h)
     out = expanded(y, Expand(case.site, h.cpu(), case.work), device)
     assert_close(out, wanted, floor=2e-4)
+
+
+def test_an_input_is_read_once_for_many_ranks() -> None:
+    """Where no captured graph has the columns of adapters that are not in the step."""
+    once = triton_shrink.ranks_at_once
+    assert [once(64, columns, 1, 1) for columns in (8, 16, 24, 64, 500)] == [16, 16, 32, 64, 128]
+    assert [once(64, 64, spread, 1) for spread in (2, 4, 8, 16)] == [64, 32, 16, 16]
+    assert once(16, 64, 1, 1) == once(64, 64, 1, 8) == 16
 
 
 def test_parts_of_a_shrink() -> None:

@@ -14,6 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from loramux.kernels.arguments import LoRASite, WorkList
 from loramux.kernels.triton_delta import (
+    LARGE_CHUNK,
     MATRIX_ROWS,
     chunk_of,
     member_after,
@@ -25,23 +26,29 @@ from loramux.kernels.triton_delta import (
 from loramux.kernels.triton_launch import early, wait
 
 FEATURES = 128
-"""How much of the input one step of a shrink takes."""
+"""How much of the input one step of a shrink takes, for `FEW_PLACES`; half of it for more."""
+
+FEW_PLACES, PLACES = 64, 128
+"""Columns of a product, each a rank of a slice: the input is read once for `PLACES` of them."""
+
+TILE = 4096
+"""Numbers of a tile of `h` for 4 warps: with more, registers would spill."""
 
 
 @triton.jit
 def _shrink(
     x, x_stride, order, a, a_slice_stride, a_row_stride, lora, TOP_K: tl.constexpr,
     WIDTH: tl.constexpr, SLICES: tl.constexpr, SPREAD: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # All parts take the same number of whole steps; the last ones may find nothing left.
     SPAN: tl.constexpr = (WIDTH + STEP * PARTS - 1) // (STEP * PARTS) * STEP
     begin = tl.load(lora.counts) * PARTS
     end = tl.load(lora.counts + 1) * PARTS
     wait(EARLY)
-    # Sixteen ranks of all slices at once, so that x is read once: rank k of slice s is column
+    # RANKS ranks of all slices at once, so that x is read once: rank k of slice s is column
     # k * SPREAD + s of a product.
-    places = tl.arange(0, 16 * SPREAD)
+    places = tl.arange(0, RANKS * SPREAD)
     s = places % SPREAD
     for item in range(begin + tl.program_id(0), end, tl.num_programs(0)):
         chunk = chunk_of(lora, item // PARTS)
@@ -55,13 +62,13 @@ def _shrink(
         p, column, bound = chunk[4], chunk[5], chunk[7]
         for member in range(chunk[2], chunk[3]):
             r = tl.load(lora.row_r + s * lora.pool_rows + p, mask=s < SLICES, other=0)
-            r = tl.minimum(r, bound)  # [16 SPREAD]
-            for k in range(0, tl.max(r, 0), 16):
+            r = tl.minimum(r, bound)  # [RANKS SPREAD]
+            for k in range(0, tl.max(r, 0), RANKS):
                 ranks = k + places // SPREAD
                 live = ranks < r
                 a_rows = a + s.to(tl.int64) * a_slice_stride
                 a_rows += (p + ranks).to(tl.int64) * a_row_stride
-                total = tl.zeros((ROWS, 16 * SPREAD), tl.float32)
+                total = tl.zeros((ROWS, RANKS * SPREAD), tl.float32)
                 for low in range(part * SPAN, tl.minimum((part + 1) * SPAN, WIDTH), STEP):
                     inputs = low + tl.arange(0, STEP)
                     here = (inputs < WIDTH)[None, :]
@@ -80,6 +87,14 @@ def _shrink(
             p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
 
 
+def ranks_at_once(rows: int, columns: int, spread: int, experts: int) -> int:
+    """Ranks of a product whose `h` has so many columns a slice, `spread` of them side by side. Captured
+    graphs have columns for the largest adapters, whichever are in the step: 16 do there."""
+    if rows <= LARGE_CHUNK or experts > 1:
+        return 16
+    return max(16, min(PLACES // spread, 1 << (columns - 1).bit_length()))
+
+
 def lora_shrink(
     x: torch.Tensor,
     site: LoRASite,
@@ -92,6 +107,8 @@ def lora_shrink(
     that `order` [S] // `top_k` names, if that is given."""
     a, parts, rows = site.a, h.shape[0], max(MATRIX_ROWS, work.rows_per_chunk)
     slices, _, width = a.shape
+    spread = triton.next_power_of_2(slices)
+    ranks = ranks_at_once(rows, h.shape[2] // slices, spread, site.experts)
     _shrink[programs(work.max_chunks * parts, x.device)](
         x,
         x.stride(0),
@@ -103,11 +120,12 @@ def lora_shrink(
         top_k,
         width,
         slices,
-        triton.next_power_of_2(slices),
+        spread,
         parts,
+        ranks,
         rows,
-        FEATURES,
+        FEATURES if ranks * spread <= FEW_PLACES else FEATURES // 2,
         **early(x.device),
-        num_warps=4,
+        num_warps=4 if rows * ranks * spread <= TILE else 8,
         num_stages=3,
     )
