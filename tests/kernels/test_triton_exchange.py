@@ -42,7 +42,7 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_ranks_get_what_torch_makes_of_all(size: int, epoch: int, round_bytes: int) -> None:
     """One after the other, in many sizes; in one case the count of epochs passes zero."""
     largest = Case(torch.float32, (1, SLOT_WORDS * size // 2), 0)
-    turns = [largest, *make_turns(30), largest]
+    turns = [largest, *make_turns(12), largest]
     if torch.cuda.is_available():
         set_small(round_bytes)
         answers = on_streams(size, turns, epoch)

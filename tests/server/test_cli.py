@@ -72,6 +72,7 @@ def test_every_setting_is_a_flag_and_reaches_the_settings(
     flags = (
         "serve m --tokenizer t --revision r --served-model-name a b --dtype float32 --device cpu "
         "--seed 3 --tensor-parallel-size 2 --rank-timeout-s 9 --max-model-len 512 --block-size 8 "
+        "--disable-custom-all-reduce "
         "--kv-cache-memory-bytes 512MiB "
         "--gpu-memory-utilization 0.5 --no-enable-prefix-caching --max-num-seqs 4 "
         "--max-num-batched-tokens 64 --max-queue-len 9 --adapter-patience-s 1.5 "
