@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from loramux.bench.report import append_row, header, result_path, write_results
+from loramux.bench.report import append_row, gpu_name, header, result_path, write_results
 from loramux.parallel import Group, join
 
 KILOBYTES = (4, 16, 64, 256, 512, 1024, 2048, 4096)
@@ -41,13 +42,13 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Of bfloat16 tensors of so many kilobytes on each rank; None: not measured, or too large."""
+    """Of bfloat16 tensors of so many kilobytes on each rank; None: no mailboxes take them."""
 
     kilobytes: int
-    sum_nccl_us: float | None
+    sum_nccl_us: float
     sum_one_round_us: float | None
     sum_two_rounds_us: float | None
-    gather_nccl_us: float | None
+    gather_nccl_us: float
     gather_us: float | None
 
 
@@ -162,17 +163,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--kilobytes", type=int, nargs="+", default=list(KILOBYTES))
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
-    options = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(given)
     gpus = torch.cuda.device_count() if options.device == "cuda" else 2
     settings = Settings(options.ranks or gpus, options.device, tuple(options.kilobytes))
     if settings.ranks < 2 or (options.device == "cuda" and settings.ranks > gpus):
         parser.error(f"{settings.ranks} ranks on {gpus} GPUs")
-    name = torch.cuda.get_device_name() if options.device == "cuda" else None
-    head = header({**asdict(settings), "command": "python bench/collectives.py"}, name)
+    name = gpu_name() if options.device == "cuda" else None
     path = options.output
     if path.suffix != ".jsonl":
         path = result_path(path, name, f"x{settings.ranks}-collectives")
-    write_results(path, head, [])
+    words = [word.replace(str(path), path.name) for word in given]
+    command = " ".join(["python bench/collectives.py", *words])
+    write_results(path, header({**asdict(settings), "command": command}, name), [])
     table = Table(*Row.__dataclass_fields__, title=f"microseconds, {settings.ranks} ranks")
     measure(settings, lambda row: _keep(row, path, table))
     Console().print(table)

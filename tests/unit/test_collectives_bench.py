@@ -14,6 +14,7 @@ def test_rows_of_every_size(tmp_path: Path) -> None:
     assert collectives.main(["--device", "cpu", "--output", str(path), *sizes]) == 0
     head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert head["settings"]["ranks"] == 2
+    assert head["settings"]["command"].endswith("--device cpu --output rows.jsonl --kilobytes 4 16")
     assert [row["kilobytes"] for row in rows] == [4, 16]
     for row in rows:
         assert row["sum_nccl_us"] > 0 and row["gather_nccl_us"] > 0
