@@ -3,37 +3,22 @@ ranks' tensors."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from loramux.parallel import ALONE, Group, join, stripe
+from loramux.parallel import ALONE, Group, stripe
+from rank_threads import on_all_ranks
 
 SIZE = 3
 
 
 @pytest.fixture
-def on_all_ranks(tmp_path: Path) -> Callable[[Callable[[Group], torch.Tensor]], list[torch.Tensor]]:
-    """What a function of a rank's group returns on each."""
-
-    def run(function: Callable[[Group], torch.Tensor]) -> list[torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
-
-        def be(rank: int) -> None:
-            group = join(str(tmp_path / "store"), rank, SIZE, torch.device("cpu"), shared=False)
-            found[rank] = function(group)
-
-        threads = [threading.Thread(target=be, args=(rank,), daemon=True) for rank in range(SIZE)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return [found[rank] for rank in range(SIZE)]
-
-    return run
+def on_ranks(tmp_path: Path) -> Callable[[Callable[[Group], torch.Tensor]], list[torch.Tensor]]:
+    return partial(on_all_ranks, SIZE, tmp_path / "store")
 
 
 def _own(rank: int, *shape: int) -> torch.Tensor:
@@ -41,50 +26,50 @@ def _own(rank: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_sums_are_over_parts_and_ranks(on_all_ranks, parts: int) -> None:
+def test_sums_are_over_parts_and_ranks(on_ranks, parts: int) -> None:
     wanted = sum(_own(rank, parts, 5, 2).sum(0) for rank in range(SIZE))
-    for found in on_all_ranks(lambda group: group.sum_parts(_own(group.rank, parts, 5, 2))):
+    for found in on_ranks(lambda group: group.sum_parts(_own(group.rank, parts, 5, 2))):
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_contiguous_tensor_is_summed_in_place(on_all_ranks) -> None:
+def test_a_contiguous_tensor_is_summed_in_place(on_ranks) -> None:
     def kept(group: Group) -> torch.Tensor:
         tensor = _own(group.rank, 4)
         assert group.all_reduce(tensor).data_ptr() == tensor.data_ptr()
         return tensor
 
     wanted = sum(_own(rank, 4) for rank in range(SIZE))
-    for found in on_all_ranks(kept):
+    for found in on_ranks(kept):
         torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("run", [1, 2, 6])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_runs_of_the_ranks_take_turns(on_all_ranks, parts: int, run: int) -> None:
+def test_runs_of_the_ranks_take_turns(on_ranks, parts: int, run: int) -> None:
     own = [_own(rank, parts, 5, 6).sum(0) for rank in range(SIZE)]  # [T, W] each
     wanted = torch.empty(5, SIZE * 6, dtype=torch.float64)
     for column in range(SIZE * 6):
         turn, within = divmod(column, SIZE * run)
         rank, place = divmod(within, run)
         wanted[:, column] = own[rank][:, turn * run + place]
-    for found in on_all_ranks(lambda group: group.gather_runs(_own(group.rank, parts, 5, 6), run)):
+    for found in on_ranks(lambda group: group.gather_runs(_own(group.rank, parts, 5, 6), run)):
         torch.testing.assert_close(found, wanted)
 
 
-def test_columns_stand_side_by_side_though_the_last_rank_has_fewer(on_all_ranks) -> None:
+def test_columns_stand_side_by_side_though_the_last_rank_has_fewer(on_ranks) -> None:
     whole = _own(9, 4, 7)
 
     def gathered(group: Group) -> torch.Tensor:
         columns = stripe(7, SIZE, group.rank)
         return group.gather_columns(whole[:, columns.slice].contiguous(), columns)
 
-    for found in on_all_ranks(gathered):
+    for found in on_ranks(gathered):
         assert torch.equal(found, whole)
 
 
-def test_a_gather_has_a_row_for_each_rank(on_all_ranks) -> None:
+def test_a_gather_has_a_row_for_each_rank(on_ranks) -> None:
     wanted = torch.stack([_own(rank, 2, 3) for rank in range(SIZE)])
-    for found in on_all_ranks(lambda group: group.all_gather(_own(group.rank, 2, 3))):
+    for found in on_ranks(lambda group: group.all_gather(_own(group.rank, 2, 3))):
         assert torch.equal(found, wanted)
 
 
@@ -114,7 +99,7 @@ class _Exchange:
         return parts.new_zeros(parts[0].numel() // run, SIZE, run)
 
 
-def test_what_an_exchange_takes_goes_through_it(on_all_ranks) -> None:
+def test_what_an_exchange_takes_goes_through_it(on_ranks) -> None:
     def asked(group: Group) -> torch.Tensor:
         exchange = _Exchange()
         group.exchange = exchange  # type: ignore[assignment]
@@ -135,4 +120,4 @@ def test_what_an_exchange_takes_goes_through_it(on_all_ranks) -> None:
         assert group.entered == 7  # and the first, in which all meet
         return torch.ones(1)
 
-    assert len(on_all_ranks(asked)) == SIZE
+    assert len(on_ranks(asked)) == SIZE

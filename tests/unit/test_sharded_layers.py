@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from torch import nn
 from loramux.kernels import LoRASite, WorkList, lora_expand
 from loramux.layers.batch import LoRAStep, StepBatch
 from loramux.layers.sharded import ShardedLinear, deal_out, parted
-from loramux.parallel import Group, cut_linear, join
+from loramux.parallel import Group, cut_linear
+from rank_threads import on_all_ranks
 
 SIZE, RANK, SCALE = 2, 5, 0.75
 TOKENS, PLAIN, HIDDEN = 9, 2, 16
@@ -100,30 +100,13 @@ def _work() -> WorkList:
     )
 
 
-def _on_all_ranks(case: _Case, store: Path) -> list[torch.Tensor]:
-    """What each rank makes of the case, in a thread of its own."""
-    outcomes: dict[int, torch.Tensor] = {}
-
-    @torch.inference_mode()
-    def run(rank: int) -> None:
-        group = join(str(store), rank, SIZE, torch.device("cpu"), shared=False)
-        outcomes[rank] = case.outcome(group)
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(SIZE)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return [outcomes[rank] for rank in range(SIZE)]
-
-
 @pytest.mark.parametrize("style", ["colwise", "rowwise"])
 def test_ranks_have_together_what_a_whole_layer_computes(style: str, tmp_path: Path) -> None:
     linears = [nn.Linear(HIDDEN, out, dtype=torch.float64) for out in OUTS[style]]
     a = [torch.randn(RANK, HIDDEN, dtype=torch.float64) for _ in linears]
     b = [torch.randn(one.out_features, RANK, dtype=torch.float64) for one in linears]
     case = _Case(style, linears, a, b, torch.randn(TOKENS, HIDDEN, dtype=torch.float64))
-    outcomes = _on_all_ranks(case, tmp_path / "store")
+    outcomes = on_all_ranks(SIZE, tmp_path / "store", case.outcome)
     with torch.inference_mode():
         torch.testing.assert_close(_joined(style, outcomes), case.expected())
 
