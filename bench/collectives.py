@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -121,33 +122,33 @@ def _in_rounds(rounds: int) -> Iterator[None]:
 def _microseconds(settings: Settings, group: Group, call: Callable[[], Any]) -> float:
     for _ in range(WARM_UP):
         call()
-    replay = _graph(settings, call)
-    times = []
-    for _ in range(settings.repeats):
-        group.beside.all_reduce(torch.zeros(1))  # all begin together
-        times.append(replay() / settings.calls)
-    return round(statistics.median(times), 2)
+    run = _graph(settings, call)
+    group.beside.all_reduce(torch.zeros(1))  # all begin together
+    return round(statistics.median(run()) / settings.calls, 2)
 
 
-def _graph(settings: Settings, call: Callable[[], Any]) -> Callable[[], float]:
-    """What runs `call` so many times, and says how many microseconds that took."""
+def _graph(settings: Settings, call: Callable[[], Any]) -> Callable[[], list[float]]:
+    """What runs `call` so many times, again and again, and says how many microseconds each took."""
     if settings.device != "cuda":
-        return lambda: _clocked(settings, call)
+        return lambda: [_clocked(settings, call) for _ in range(settings.repeats)]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(settings.calls):
             call()
 
-    def replay() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return 1000 * float(begin.elapsed_time(end))
+    def run() -> list[float]:
+        # Nobody waits in between: ranks that started together would drift apart by more than the
+        # collectives take.
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(settings.repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            graph.replay()
+            mark.record()
+        marks[-1].synchronize()
+        return [1000 * float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
 
-    return replay
+    return run
 
 
 def _clocked(settings: Settings, call: Callable[[], Any]) -> float:
