@@ -61,7 +61,7 @@ class LoRASite:
 
     place_rows: int = ONE_PLACE
 
-    notes: dict[str, Any] = field(default_factory=dict, repr=False)
+    notes: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         slices, rows, _ = self.a.shape
@@ -165,6 +165,8 @@ class WorkList:
 
     affine: bool = False
     """Whether any member may have gains and shifts: kernels without them are a little faster."""
+
+    notes: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

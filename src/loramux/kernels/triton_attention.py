@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from loramux.kernels.arguments import AttentionBatch
+from loramux.kernels.triton_launch import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -157,7 +158,7 @@ def _tiles(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int]:
     largest = 64 if narrow and block_d <= 256 else 32 if block_d <= 64 else 16
     width = block_d * dtype.itemsize
     block_n = 64 if width <= 256 else 32 if width <= 512 else 16
-    return min(largest, max(16, triton.next_power_of_2(rows))), block_n
+    return min(largest, max(16, next_power_of_2(rows))), block_n
 
 
 def paged_attention(
@@ -185,9 +186,9 @@ def paged_attention(
         t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache)
     )
     group = heads // kv_heads
-    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, dim_v))
+    block_d, block_dv = (max(16, next_power_of_2(size)) for size in (dim, dim_v))
     block_m, block_n = _tiles(longest * group, max(block_d, block_dv), q.dtype)
-    grid = (triton.cdiv(longest * group, block_m), kv_heads, sequences)
+    grid = (cdiv(longest * group, block_m), kv_heads, sequences)
     _attention_kernel[grid](
         out, q, k_cache, v_cache,
         batch.block_tables, batch.query_starts_tensor, batch.context_lens_tensor,

@@ -17,6 +17,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.arguments import AFFINE, Expand, LoRASite, WorkList
+from loramux.kernels.triton_launch import Known, facts_of
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton runs in Python, where bf16 products are wrong and casts to bf16 cut off."""
@@ -62,36 +63,33 @@ class Lora(NamedTuple):
     row_r: torch.Tensor  # [S, R]
     row_scale: torch.Tensor  # [S, R]
     pool_rows: int
+    affine: torch.Tensor  # [2, P, N]
+    affine_stride: int  # from gains to shifts
+    place_rows: int
     chunks: torch.Tensor  # [C, 8]
     counts: torch.Tensor  # [2]
     member_rows: torch.Tensor  # [M]
     member_columns: torch.Tensor  # [M]
     member_scales: torch.Tensor  # [M]
     member_ranks: torch.Tensor  # [M]
-    affine: torch.Tensor  # [2, P, N]
-    affine_stride: int  # from gains to shifts
-    place_rows: int
 
 
-def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Lora:
-    return Lora(
-        h,
-        h.stride(0),
-        h.stride(1),
-        h.shape[2],
-        site.b,
-        site.row_r,
-        site.row_scale,
-        site.row_r.shape[1],
-        work.chunks,
-        work.counts,
-        work.member_rows,
-        work.member_columns,
-        work.member_scales,
-        work.member_ranks,
-        site.affine,
-        site.affine.stride(0),
-        site.place_rows,
+def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Known:
+    """A `Lora`; what is of the site and of the step is put together once for each."""
+    of_h = (h, h.stride(0), h.stride(1), h.shape[2])
+    of_site, of_work = site.notes.get("gpu"), work.notes.get("gpu")
+    if of_site is None:
+        of_site = site.notes["gpu"] = Known.of(
+            *(site.b, site.row_r, site.row_scale, site.row_r.shape[1]),
+            *(site.affine, site.affine.stride(0), site.place_rows),
+        )
+    if of_work is None:
+        of_work = work.notes["gpu"] = Known.of(
+            *(work.chunks, work.counts, work.member_rows, work.member_columns),
+            *(work.member_scales, work.member_ranks),
+        )
+    return Known(
+        Lora(*of_h, *of_site.value, *of_work.value), (facts_of(of_h), of_site.facts, of_work.facts)
     )
 
 
@@ -372,12 +370,12 @@ def tile_arguments() -> dict[str, Any]:
 
 
 def kernel_arguments(expand: Expand | None) -> dict[str, Any]:
-    """What every kernel with a folded delta takes for it; without one, `lora` is None."""
+    """What `launch` is told of a kernel with a folded delta; without one, its `lora` is None."""
     if expand is None:
-        return {"lora": None, "STARTS": (0,), "PARTS": 1, "AFFINE": False}
+        return {"known": None, "STARTS": (0,), "PARTS": 1, "AFFINE": False}
     site, h = expand.site, expand.h
     return {
-        "lora": packed(site, h, expand.work),
+        "known": packed(site, h, expand.work),
         "STARTS": site.slice_starts,
         "PARTS": h.shape[0],
         "AFFINE": expand.work.affine,

@@ -22,14 +22,15 @@ it to all. That is 2 (N - 1) / N messages instead of N - 1, and a message's way 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.triton_delta import rounded
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import Known, cdiv, facts_of, launch, wait
 
 PROGRAMS = 128
 """Programs of every exchange, whatever its size: each counts epochs by itself."""
@@ -45,7 +46,7 @@ ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 """What can be summed; anything of 2 or 4 bytes can be gathered."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mailboxes:
     """Where the ranks of a group write to each other, as one of them sees it."""
 
@@ -60,6 +61,20 @@ class Mailboxes:
     alive: torch.Tensor
     """int32 [1]; once 0 nobody waits any more, and what comes out is anything."""
 
+    slot_words: int
+
+    @cached_property
+    def packed(self) -> Known:
+        boxes = Boxes(self.addresses, self.epochs, self.alive, self.slot_words)
+        return Known(boxes, facts_of(boxes))
+
+
+class Boxes(NamedTuple):
+    """`Mailboxes` as a kernel takes them."""
+
+    addresses: torch.Tensor
+    epochs: torch.Tensor
+    alive: torch.Tensor
     slot_words: int
 
 
@@ -84,12 +99,13 @@ def _half(value, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _own(x, at, mask, words, parts):
-    """Words of x [parts, words], which are summed where there are several: float32."""
+def _own(x, at, mask, words, PARTS: tl.constexpr):
+    """Words of x [PARTS, words], which are summed where there are several: float32. All parts are
+    asked for at once; in a loop each would wait for the one before."""
     word = tl.load(x + at, mask=mask, other=0)
-    if parts > 1:
+    if PARTS > 1:
         total = word.to(tl.float32, bitcast=True)
-        for part in range(1, parts):
+        for part in tl.static_range(1, PARTS):
             more = tl.load(x + part * words + at, mask=mask, other=0)
             total += more.to(tl.float32, bitcast=True)
         word = total.to(tl.int32, bitcast=True)
@@ -141,28 +157,31 @@ def _received(slot, at, mask, epoch, alive):
     return (message >> 32).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["words", "parts", "run"])
+@triton.jit(do_not_specialize=["words", "run"])
 def _exchange(
-    x, out, addresses, epochs, alive, words, parts, run, slot_words,
-    RANK: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, WHOLE: tl.constexpr,
+    x, out, words, run, boxes,
+    PARTS: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, WHOLE: tl.constexpr,
     ELEMENT: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [parts, words] of all ranks -> out [words], summed in the order of the ranks, a word being
+    """x [PARTS, words] of all ranks -> out [words], summed in the order of the ranks, a word being
     one float32, if WHOLE, or two ELEMENTs; or, without SUM, out [words / run, SIZE, run]. SPLIT: a run
     is counted in halves of words."""
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    out = out.to(tl.pointer_type(tl.int16 if SPLIT else tl.int32), bitcast=True)
     wait(EARLY)
     program = tl.program_id(0)
     step = tl.num_programs(0) * WORDS
-    epoch = _next_epoch(epochs)
+    epoch = _next_epoch(boxes.epochs)
+    slot_words = boxes.slot_words
     half = (epoch & 1).to(tl.int64) * SIZE * slot_words
     for begin in range(program * WORDS, words, step):
         at = begin + tl.arange(0, WORDS)
         mask = at < words
-        word = _own(x, at, mask, words, parts)
+        word = _own(x, at, mask, words, PARTS)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
-                _send(addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
-    mailbox = tl.load(addresses + RANK).to(tl.pointer_type(tl.int64)) + half
+                _send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
+    mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for begin in range(program * WORDS, words, step):
         at = begin + tl.arange(0, WORDS)
         mask = at < words
@@ -170,9 +189,9 @@ def _exchange(
         high = tl.zeros((WORDS,), tl.float32)
         for rank in tl.static_range(SIZE):
             if rank == RANK:
-                word = _own(x, at, mask, words, parts)
+                word = _own(x, at, mask, words, PARTS)
             else:
-                word = _received(mailbox + rank * slot_words, at, mask, epoch, alive)
+                word = _received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
             if SUM:
                 low, high = _added(low, high, word, WHOLE, ELEMENT)
             elif SPLIT:
@@ -185,30 +204,33 @@ def _exchange(
                 tl.store(out + to, word, mask=mask)
         if SUM:
             tl.store(out + at, _packed(low, high, WHOLE, ELEMENT), mask=mask)
-    tl.store(epochs + program, epoch)
+    tl.store(boxes.epochs + program, epoch)
 
 
-@triton.jit(do_not_specialize=["words", "parts", "share"])
+@triton.jit(do_not_specialize=["words", "share"])
 def _sum_in_two(
-    x, out, addresses, epochs, alive, words, parts, share, slot_words,
-    RANK: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr, ELEMENT: tl.constexpr,
-    WORDS: tl.constexpr, EARLY: tl.constexpr,
+    x, out, words, share, boxes,
+    PARTS: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
+    ELEMENT: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `_exchange` with SUM, `share` words of it on each rank. In the slot of another rank stand its
     numbers of this rank's share, and behind them the sums of its own."""
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    out = out.to(tl.pointer_type(tl.int32), bitcast=True)
     wait(EARLY)
     program = tl.program_id(0)
     step = tl.num_programs(0) * WORDS
-    epoch = _next_epoch(epochs)
+    epoch = _next_epoch(boxes.epochs)
+    slot_words = boxes.slot_words
     half = (epoch & 1).to(tl.int64) * SIZE * slot_words
     for begin in range(program * WORDS, share, step):
         at = begin + tl.arange(0, WORDS)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 mask = (at < share) & (rank * share + at < words)
-                word = _own(x, rank * share + at, mask, words, parts)
-                _send(addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
-    mailbox = tl.load(addresses + RANK).to(tl.pointer_type(tl.int64)) + half
+                word = _own(x, rank * share + at, mask, words, PARTS)
+                _send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
+    mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for begin in range(program * WORDS, share, step):
         at = begin + tl.arange(0, WORDS)
         mask = (at < share) & (RANK * share + at < words)
@@ -216,31 +238,34 @@ def _sum_in_two(
         high = tl.zeros((WORDS,), tl.float32)
         for rank in tl.static_range(SIZE):
             if rank == RANK:
-                word = _own(x, RANK * share + at, mask, words, parts)
+                word = _own(x, RANK * share + at, mask, words, PARTS)
             else:
-                word = _received(mailbox + rank * slot_words, at, mask, epoch, alive)
+                word = _received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
             low, high = _added(low, high, word, WHOLE, ELEMENT)
         total = _packed(low, high, WHOLE, ELEMENT)
         tl.store(out + RANK * share + at, total, mask=mask)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
-                _send(addresses, rank, half + RANK * slot_words + share + at, total, epoch, mask)
+                _send(
+                    boxes.addresses, rank, half + RANK * slot_words + share + at, total, epoch, mask
+                )
     for begin in range(program * WORDS, share, step):
         at = begin + tl.arange(0, WORDS)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 mask = (at < share) & (rank * share + at < words)
                 slot = mailbox + rank * slot_words + share
-                word = _received(slot, at, mask, epoch, alive)
+                word = _received(slot, at, mask, epoch, boxes.alive)
                 tl.store(out + rank * share + at, word, mask=mask)
-    tl.store(epochs + program, epoch)
+    tl.store(boxes.epochs + program, epoch)
 
 
-def num_words(tensor: torch.Tensor) -> int:
-    """32-bit words of it; 0 where they do not come out even, or it is no type that travels."""
-    if tensor.element_size() not in (2, 4) or tensor.data_ptr() % 4:
+def num_words(parts: torch.Tensor) -> int:
+    """32-bit words of one of `parts` [P, ...]; 0 where they do not come out even, or it is no type
+    that travels."""
+    if parts.element_size() not in (2, 4) or parts.data_ptr() % 4:
         return 0
-    size = tensor.numel() * tensor.element_size()
+    size = parts.numel() // parts.shape[0] * parts.element_size()
     return 0 if size % 4 else size // 4
 
 
@@ -259,26 +284,27 @@ def in_two_rounds(words: int, mailboxes: Mailboxes) -> bool:
 def exchange_sum(parts: torch.Tensor, out: torch.Tensor, mailboxes: Mailboxes) -> None:
     """out [...] = `parts` [P, ...] of all ranks, summed in float32. P is 1 unless they are float32;
     `out` may be what a single part is."""
-    words = num_words(parts[0])
+    words = num_words(parts)
     assert 0 < words <= most_words(mailboxes, sums=True), "such a sum does not fit"
-    kind: list[Any] = [parts.element_size() == 4, ELEMENTS[parts.dtype]]
-    flat = out.view(-1).view(torch.int32)
+    whole, element = parts.element_size() == 4, ELEMENTS[parts.dtype]
     if in_two_rounds(words, mailboxes):
-        share = triton.cdiv(words, mailboxes.size)
-        _launch(_sum_in_two, parts, flat, mailboxes, share, *kind)
-    else:
-        _launch(_exchange, parts, flat, mailboxes, 1, True, *kind, False)
+        share = cdiv(words, mailboxes.size)
+        _launch(_sum_in_two, parts, out, mailboxes, words, share, WHOLE=whole, ELEMENT=element)
+        return
+    kind = {"SUM": True, "WHOLE": whole, "ELEMENT": element, "SPLIT": False}
+    _launch(_exchange, parts, out, mailboxes, words, 1, **kind)
 
 
 def exchange_gather(parts: torch.Tensor, run: int, out: torch.Tensor, mailboxes: Mailboxes) -> None:
     """out [M, N, run] = of each rank `parts` [P, M * run], summed over P in float32; P is 1 unless
     they are float32."""
-    assert 0 < num_words(parts[0]) <= mailboxes.slot_words, "such a gather does not fit"
+    words = num_words(parts)
+    assert 0 < words <= mailboxes.slot_words, "such a gather does not fit"
     per_word = 4 // parts.element_size()
     split = run % per_word != 0
-    flat = out.view(-1).view(torch.int16 if split else torch.int32)
     run = run if split else run // per_word
-    _launch(_exchange, parts, flat, mailboxes, run, False, True, tl.float32, split)
+    kind = {"SUM": False, "WHOLE": True, "ELEMENT": tl.float32, "SPLIT": split}
+    _launch(_exchange, parts, out, mailboxes, words, run, **kind)
 
 
 def _launch(
@@ -286,24 +312,20 @@ def _launch(
     parts: torch.Tensor,
     out: torch.Tensor,
     mailboxes: Mailboxes,
+    words: int,
     portion: int,
-    *kind: Any,
+    **kind: Any,
 ) -> None:
-    """`portion` and `kind`: the kernel's argument after `parts`, and its constants after SIZE."""
-    kernel[(PROGRAMS,)](
-        parts.view(-1).view(torch.int32),
-        out,
-        mailboxes.addresses,
-        mailboxes.epochs,
-        mailboxes.alive,
-        num_words(parts[0]),
-        parts.shape[0],
-        portion,
-        mailboxes.slot_words,
-        mailboxes.rank,
-        mailboxes.size,
-        *kind,
-        WORDS,
-        **early(parts.device),
+    """`portion`: the kernel's argument after `words`."""
+    launch(
+        kernel,
+        (PROGRAMS,),
+        (parts, out, words, portion),
+        mailboxes.packed,
+        PARTS=parts.shape[0],
+        RANK=mailboxes.rank,
+        SIZE=mailboxes.size,
+        **kind,
+        WORDS=WORDS,
         num_warps=WARPS,
     )

@@ -10,7 +10,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.triton_delta import rounded
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 
 COLUMNS = 1024
 """What a program copies or sums of a row."""
@@ -35,9 +35,10 @@ def take_rows(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()  # [T, H]
     out = torch.empty((count, size), dtype=x.dtype, device=x.device)  # [S, H]
-    block = min(COLUMNS, triton.next_power_of_2(size))
-    grid = (count, triton.cdiv(size, block))
-    _take_rows[grid](x, x.stride(0), order, out, top_k, size, block)
+    block = min(COLUMNS, next_power_of_2(size))
+    grid = (count, cdiv(size, block))
+    arguments = (x, x.stride(0), order, out)
+    launch(_take_rows, grid, arguments, K=top_k, SIZE=size, COLS=block)
     return out  # [S, H]
 
 
@@ -66,9 +67,13 @@ def combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> tor
     if y.stride(1) != 1:
         y = y.contiguous()  # [S, H]
     out = torch.empty((tokens, size), dtype=y.dtype, device=y.device)  # [T, H]
-    block = min(COLUMNS, triton.next_power_of_2(size))
-    _combine[(tokens, triton.cdiv(size, block))](
-        *(y, y.stride(0), places, weights, *weights.stride(), out, top_k, size, block),
-        **early(y.device),
+    block = min(COLUMNS, next_power_of_2(size))
+    launch(
+        _combine,
+        (tokens, cdiv(size, block)),
+        (y, y.stride(0), places, weights, *weights.stride(), out),
+        K=top_k,
+        SIZE=size,
+        COLS=block,
     )
     return out  # [T, H]

@@ -29,7 +29,7 @@ from loramux.kernels.triton_delta import (
     tile_programs,
     with_delta,
 )
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, wait
 
 PLAIN_ROWS, PLAIN_COLUMNS = 4, 512
 """The tile of a gate without a delta."""
@@ -150,41 +150,35 @@ def _run_gated(
 ) -> torch.Tensor:
     count, size = gate.shape
     out = torch.empty((count, size), dtype=gate.dtype, device=gate.device)  # [T, I]
+    arguments = (gate, gate.stride(0), up, up.stride(0), out)
     width = 0 if expand is None else tile_columns(expand)
     if expand is not None and width and size % width == 0:
-        _gated_tiles[tile_programs(expand, size // width)](
-            gate,
-            gate.stride(0),
-            up,
-            up.stride(0),
-            out,
+        launch(
+            _gated_tiles,
+            tile_programs(expand, size // width),
+            arguments,
             **kernel_arguments(expand),
             SIZE=size,
             COLS=width,
             ACTIVATION=activation,
             **tile_arguments(),
-            **early(gate.device),
         )
         return out  # [T, I]
     if expand is None:
         rows, width = PLAIN_ROWS, PLAIN_COLUMNS
-        grid = (triton.cdiv(count, rows) * triton.cdiv(size, width),)
+        grid = (cdiv(count, rows) * cdiv(size, width),)
     else:
         rows, width = max(MATRIX_ROWS, expand.work.rows_per_chunk), COLUMNS
-        grid = programs(expand.work.max_chunks * triton.cdiv(size, width), gate.device)
-    _gated[grid](
-        gate,
-        gate.stride(0),
-        up,
-        up.stride(0),
-        out,
-        count,
+        grid = programs(expand.work.max_chunks * cdiv(size, width), gate.device)
+    launch(
+        _gated,
+        grid,
+        (*arguments, count),
         **kernel_arguments(expand),
         SIZE=size,
         ROWS=rows,
         COLS=width,
         ACTIVATION=activation,
-        **early(gate.device),
         num_warps=4 if rows <= 16 else 8,
         num_stages=2,
     )
@@ -221,6 +215,6 @@ def take_tokens(ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) 
     """`ids` [T], or where `sources` [T] >= 0 the token chosen[source] -> [T] int64."""
     count = ids.shape[0]
     out = torch.empty(count, dtype=torch.int64, device=ids.device)  # [T]
-    grid = (triton.cdiv(count, TOKENS),)
-    _take_tokens[grid](ids, sources, chosen, out, count, TOKENS, **early(ids.device))
+    grid = (cdiv(count, TOKENS),)
+    launch(_take_tokens, grid, (ids, sources, chosen, out, count), BLOCK=TOKENS)
     return out  # [T]

@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 
 from loramux.kernels import reference
 from loramux.kernels.triton_delta import rounded
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 
 ROWS, STEP, WARPS = 2, 2048, 4
 """Rows of the weight a program reads, and how much of each at a time."""
@@ -63,11 +63,15 @@ def linear(
         return reference.linear(x, weight, bias, out)  # [T, N]
     count, size = weight.shape
     y = x.new_empty(1, count) if out is None else out  # [1, N]
-    step = min(STEP, triton.next_power_of_2(size))
-    grid = (triton.cdiv(count, ROWS),)
-    _gemv[grid](
-        *(x, weight, weight.stride(0), bias, y, count, size, ROWS, step),
-        **early(x.device),
+    step = min(STEP, next_power_of_2(size))
+    grid = (cdiv(count, ROWS),)
+    launch(
+        _gemv,
+        grid,
+        (x, weight, weight.stride(0), bias, y, count),
+        SIZE=size,
+        ROWS=ROWS,
+        STEP=step,
         num_warps=WARPS,
     )
     return y

@@ -24,7 +24,7 @@ from loramux.kernels.triton_delta import (
     product,
     rounded,
 )
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 from loramux.kernels.triton_lora import lora_expand
 
 
@@ -98,7 +98,7 @@ def _tile_by_row(ends, row, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl
 
 @triton.jit(do_not_specialize=["count"])
 def _grouped(
-    x, x_stride, x_step, weight, expert_stride, w_stride, w_step, ends, out, count, lora, row_chunks,
+    x, x_stride, x_step, weight, expert_stride, w_stride, w_step, ends, out, count, row_chunks, lora,
     EXPERTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BY_ROW: tl.constexpr,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, EARLY: tl.constexpr,
@@ -173,19 +173,20 @@ def grouped_tiles(
     while size % depth and depth > LEAST_DEPTH:
         depth //= 2  # steps that come out even need no masks
     by_number = count // tile.rows + experts
-    _grouped[(triton.cdiv(width, tile.columns), min(count, by_number))](
-        *(x, *x.stride(), weight, *weight.stride(), ends, out, count),
-        row_chunks=None if expand is None else expand.work.row_chunks,
+    row_chunks = None if expand is None else expand.work.row_chunks
+    launch(
+        _grouped,
+        (cdiv(width, tile.columns), min(count, by_number)),
+        (x, *x.stride(), weight, *weight.stride(), ends, out, count, row_chunks),
         **kernel_arguments(expand),
         EXPERTS=experts,
         SIZE=size,
         WIDTH=width,
         BY_ROW=count <= by_number,
-        BOUNDS=triton.next_power_of_2(experts),
+        BOUNDS=next_power_of_2(experts),
         ROWS=tile.rows,
         COLS=tile.columns,
         DEPTH=depth,
-        **early(x.device),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

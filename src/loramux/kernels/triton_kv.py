@@ -12,6 +12,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from loramux.kernels.triton_delta import rounded
+from loramux.kernels.triton_launch import next_power_of_2
 
 
 class Cache(NamedTuple):
@@ -95,7 +96,7 @@ def write_kv(
         size,
         v.shape[2],
         k_cache.shape[1],
-        triton.next_power_of_2(heads),
-        triton.next_power_of_2(size),
-        triton.next_power_of_2(v.shape[2]),
+        next_power_of_2(heads),
+        next_power_of_2(size),
+        next_power_of_2(v.shape[2]),
     )

@@ -16,7 +16,7 @@ from loramux.kernels.triton_delta import (
     chunk_and_end,
     chunk_delta,
     chunk_of,
-    packed,
+    kernel_arguments,
     programs,
     rounded,
     slice_at,
@@ -26,7 +26,7 @@ from loramux.kernels.triton_delta import (
     tile_programs,
     with_delta,
 )
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, wait
 
 
 @triton.jit
@@ -115,28 +115,20 @@ def _expand_tiles(
 
 def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     """Add the deltas of `expand` to `y` [T, N] (any row stride) in place."""
-    site, work = expand.site, expand.work
-    lora, parts = packed(site, expand.h, work), expand.h.shape[0]
+    arguments, lora = (y, y.stride(0)), kernel_arguments(expand)
     width = tile_columns(expand)
     if width:
-        _expand_tiles[tile_programs(expand, y.shape[1] // width)](
-            *(y, y.stride(0), lora, site.slice_starts, parts, work.affine, width),
-            **tile_arguments(),
-            **early(y.device),
-        )
+        grid = tile_programs(expand, y.shape[1] // width)
+        launch(_expand_tiles, grid, arguments, **lora, COLS=width, **tile_arguments())
         return
-    rows = max(MATRIX_ROWS, work.rows_per_chunk)
-    grid = programs(work.max_chunks * triton.cdiv(y.shape[1], COLUMNS), y.device)
-    _expand[grid](
-        y,
-        y.stride(0),
-        lora,
-        site.slice_starts,
-        parts,
-        work.affine,
-        rows,
-        COLUMNS,
-        **early(y.device),
+    rows = max(MATRIX_ROWS, expand.work.rows_per_chunk)
+    launch(
+        _expand,
+        programs(expand.work.max_chunks * cdiv(y.shape[1], COLUMNS), y.device),
+        arguments,
+        **lora,
+        ROWS=rows,
+        COLS=COLUMNS,
         num_warps=4 if rows <= 16 else 8,
         num_stages=2,
     )

@@ -21,7 +21,7 @@ from loramux.kernels.triton_delta import (
     tile_delta,
     with_delta,
 )
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 from loramux.kernels.triton_lora import lora_expand
 
 TILE_ROWS = 16
@@ -83,22 +83,16 @@ def rms_norm(
         x = x.reshape(-1, size).contiguous()  # [T, D]
     inner = 1 if x.dim() == 2 else x.shape[1]
     count = x.shape[0] * inner
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     rows = max(1, 1024 // block)
-    _rms_norm[(triton.cdiv(count, rows),)](
-        x,
-        x.stride(0),
-        x.stride(-2),
-        inner,
-        weight,
-        out,
-        count,
-        eps,
-        size,
-        block,
-        rows,
-        mode,
-        **early(x.device),
+    launch(
+        _rms_norm,
+        (cdiv(count, rows),),
+        (x, x.stride(0), x.stride(-2), inner, weight, out, count, eps),
+        SIZE=size,
+        BLOCK=block,
+        ROWS=rows,
+        MODE=mode,
         num_warps=_row_warps(rows * block),
     )
     return out  # [..., D]
@@ -249,28 +243,30 @@ def add_rms_norm(
         x, x.stride(0), residual, residual.stride(0), weight, post_weight, out, total, eps
     )  # fmt: skip
     if expand is not None:
-        tiles = triton.cdiv(expand.work.rows_per_chunk, TILE_ROWS)
-        _add_norm_tiles[(expand.work.max_chunks * tiles,)](
-            *arguments,
+        tiles = cdiv(expand.work.rows_per_chunk, TILE_ROWS)
+        launch(
+            _add_norm_tiles,
+            (expand.work.max_chunks * tiles,),
+            arguments,
             **kernel_arguments(expand),
             TILES=tiles,
             SIZE=size,
             ROWS=TILE_ROWS,
-            COLS=min(TILE_COLUMNS, triton.next_power_of_2(size)),
+            COLS=min(TILE_COLUMNS, next_power_of_2(size)),
             MODE=mode,
-            **early(x.device),
             num_warps=TILE_WARPS,
             num_stages=1,
             enable_fp_fusion=False,
         )
         return out, total
-    block = triton.next_power_of_2(size)
-    _add_norm_row[(count,)](
-        *arguments,
+    block = next_power_of_2(size)
+    launch(
+        _add_norm_row,
+        (count,),
+        arguments,
         SIZE=size,
         BLOCK=block,
         MODE=mode,
-        **early(x.device),
         num_warps=_row_warps(block),
         enable_fp_fusion=False,
     )

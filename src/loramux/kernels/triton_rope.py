@@ -9,6 +9,8 @@ compiler drops the rounding between a product and a sum.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -30,7 +32,7 @@ from loramux.kernels.triton_delta import (
 )
 from loramux.kernels.triton_heads import Heads, angles_at, finish_head
 from loramux.kernels.triton_kv import as_cache
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 
 ROWS = 16
 """Rows of a tile where there is no delta, so no chunk that would say it."""
@@ -227,35 +229,34 @@ def rope_kv(
     everything = heads + 2 * kv_heads
     heads_of = Heads(table, table.stride(0), positions, slots, q, q_norm, k_norm, eps)
     arguments = (qkv, qkv.stride(0), as_cache(k_cache), as_cache(v_cache), heads_of)
-    shapes = {
+    shapes: dict[str, Any] = {
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "D": size,
         "HALF": half,
-        "HALF_BLOCK": max(16, triton.next_power_of_2(half)),
-        "REST_BLOCK": max(16, triton.next_power_of_2(size - 2 * half)),
+        "HALF_BLOCK": max(16, next_power_of_2(half)),
+        "REST_BLOCK": max(16, next_power_of_2(size - 2 * half)),
         "BLOCK_SIZE": block_size,
         "MODE": mode,
     }
     lora = kernel_arguments(expand)
     if expand is not None and all(start % size == 0 for start in expand.site.slice_starts):
-        tile = {**tile_arguments(), **early(qkv.device)}
-        grid = tile_programs(expand, everything)
-        _rope_kv_tiles[grid](*arguments, **lora, **shapes, **tile, enable_fp_fusion=False)
+        grid, tile = tile_programs(expand, everything), tile_arguments()
+        launch(_rope_kv_tiles, grid, arguments, **lora, **shapes, **tile, enable_fp_fusion=False)
         return q  # [T, H, D]
     if expand is None:
         rows = ROWS
-        grid = (triton.cdiv(count, rows) * everything,)
+        grid = (cdiv(count, rows) * everything,)
     else:
         rows = max(MATRIX_ROWS, expand.work.rows_per_chunk)
         grid = programs(expand.work.max_chunks * everything, qkv.device)
-    _rope_kv[grid](
-        *arguments,
-        count,
+    launch(
+        _rope_kv,
+        grid,
+        (*arguments, count),
         **lora,
         ROWS=rows,
         **shapes,
-        **early(qkv.device),
         num_warps=4 if rows <= 16 else 8,
         num_stages=2,
         enable_fp_fusion=False,

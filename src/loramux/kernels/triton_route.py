@@ -20,7 +20,7 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from loramux.kernels import reference
 from loramux.kernels.arguments import Routing, WorkList
 from loramux.kernels.reference_experts import FEW_PAIRS, chunk_rows, compositions, most_chunks
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import cdiv, launch, wait
 
 PAIRS, TOKENS, CHUNKS = 32, 64, 64
 """Pairs that a program ranks, tokens whose pairs it compares them with at a time, and chunks of the
@@ -240,17 +240,25 @@ def _sorted(chosen: torch.Tensor, work: WorkList | None, radix: int, found: _Pla
     keys = torch.empty(count, dtype=torch.int32, device=device)  # [S]
     stops = torch.empty(tokens, dtype=torch.int32, device=device)  # [T]
     lists = (None, None) if work is None else (work.chunks, work.counts)
-    _keys[(triton.cdiv(tokens, TOKENS),)](
-        *(chosen, *chosen.stride(), *lists, keys, stops, tokens, radix),
-        *(top_k, TOKENS, CHUNKS),
-        **early(device),
+    launch(
+        _keys,
+        (cdiv(tokens, TOKENS),),
+        (chosen, *chosen.stride(), *lists, keys, stops, tokens, radix),
+        K=top_k,
+        TOKENS=TOKENS,
+        CHUNKS=CHUNKS,
         num_warps=4,
     )
     keys, pairs = keys.sort(stable=True)  # [S], [S]
     experts = found.ends.shape[0]
-    _runs[(triton.cdiv(count, ROWS) + triton.cdiv(experts, ROWS),)](
-        *(keys, pairs, stops, *found, count, experts, radix),
-        *(top_k, chunk_rows(count), ROWS, count.bit_length() + 1),
+    launch(
+        _runs,
+        (cdiv(count, ROWS) + cdiv(experts, ROWS),),
+        (keys, pairs, stops, *found, count, experts, radix),
+        K=top_k,
+        CHUNK=chunk_rows(count),
+        ROWS=ROWS,
+        STEPS=count.bit_length() + 1,
         num_warps=4,
     )
 
@@ -260,10 +268,15 @@ def _counted(chosen: torch.Tensor, work: WorkList | None, radix: int, found: _Pl
     tokens, top_k = chosen.shape
     count, experts = tokens * top_k, found.ends.shape[0]
     lists = (None, None) if work is None else (work.chunks, work.counts)
-    _rank[(triton.cdiv(count, PAIRS) + triton.cdiv(experts, PAIRS),)](
-        *(chosen, *chosen.stride(), *lists, *found, tokens, experts, radix),
-        *(top_k, chunk_rows(count), PAIRS, TOKENS, CHUNKS),
-        **early(chosen.device),
+    launch(
+        _rank,
+        (cdiv(count, PAIRS) + cdiv(experts, PAIRS),),
+        (chosen, *chosen.stride(), *lists, *found, tokens, experts, radix),
+        K=top_k,
+        CHUNK=chunk_rows(count),
+        PAIRS=PAIRS,
+        TOKENS=TOKENS,
+        CHUNKS=CHUNKS,
         num_warps=4,
     )
 
@@ -291,10 +304,12 @@ def route(
     counts = torch.empty(2, dtype=torch.int32, device=device)  # [2]
     row_chunks = torch.empty(count, dtype=torch.int32, device=device)  # [S]
     step = PLACES if count <= FEW_PAIRS else MANY_PLACES
-    _number[(triton.cdiv(count, step),)](
-        *(sorted_rows, work.member_rows, work.member_columns, work.member_scales),
-        *(work.member_ranks, chunks, counts, row_chunks, count, most, radix, rows_per_expert, step),
-        **early(device),
+    lists = (work.member_rows, work.member_columns, work.member_scales, work.member_ranks)
+    launch(
+        _number,
+        (cdiv(count, step),),
+        (sorted_rows, *lists, chunks, counts, row_chunks, count, most, radix, rows_per_expert),
+        PLACES=step,
         num_warps=4,
     )
     sorted_work = replace(

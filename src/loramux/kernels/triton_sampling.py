@@ -29,6 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
+from loramux.kernels.triton_launch import cdiv, next_power_of_2
+
 RACE_TILE = 4096
 CUT_TILE = 8192
 # Columns of the settings, int32 each, floats by their bits. `_cut` overwrites the last two.
@@ -96,8 +98,8 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, tokens: torch.Tensor, cut
     if cuts:
         cut(logits, settings, tokens)
     rows, size = settings.shape[1], logits.shape[1]
-    tile = min(RACE_TILE, max(16, triton.next_power_of_2(size)))
-    tiles = triton.cdiv(size, tile)
+    tile = min(RACE_TILE, max(16, next_power_of_2(size)))
+    tiles = cdiv(size, tile)
     scores = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)  # [D, tiles]
     winners = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)  # [D, tiles]
     warps = max(1, min(8, tile // 512))
@@ -114,14 +116,14 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, tokens: torch.Tensor, cut
         num_warps=warps,
     )
     _winner[(rows,)](
-        tokens, settings, scores, winners, rows, tiles, triton.next_power_of_2(tiles), num_warps=1
+        tokens, settings, scores, winners, rows, tiles, next_power_of_2(tiles), num_warps=1
     )
 
 
 def cut(logits: torch.Tensor, settings: torch.Tensor, tokens: torch.Tensor) -> None:
     """Write the thresholds of the rows with a top_k or a top_p into `settings`."""
     rows, size = settings.shape[1], logits.shape[1]
-    tile = min(CUT_TILE, max(16, triton.next_power_of_2(size)))
+    tile = min(CUT_TILE, max(16, next_power_of_2(size)))
     # The low bits that are the same in every value of the type need no search.
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     warps = max(1, min(16, tile // 512))

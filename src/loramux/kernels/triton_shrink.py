@@ -23,7 +23,7 @@ from loramux.kernels.triton_delta import (
     programs,
     rounded,
 )
-from loramux.kernels.triton_launch import early, wait
+from loramux.kernels.triton_launch import launch, next_power_of_2, wait
 
 FEATURES = 128
 """How much of the input one step of a shrink takes, for `FEW_PLACES`; half of it for more."""
@@ -107,25 +107,21 @@ def lora_shrink(
     that `order` [S] // `top_k` names, if that is given."""
     a, parts, rows = site.a, h.shape[0], max(MATRIX_ROWS, work.rows_per_chunk)
     slices, _, width = a.shape
-    spread = triton.next_power_of_2(slices)
+    spread = next_power_of_2(slices)
     ranks = ranks_at_once(rows, h.shape[2] // slices, spread, site.experts)
-    _shrink[programs(work.max_chunks * parts, x.device)](
-        x,
-        x.stride(0),
-        order,
-        a,
-        a.stride(0),
-        a.stride(1),
+    launch(
+        _shrink,
+        programs(work.max_chunks * parts, x.device),
+        (x, x.stride(0), order, a, a.stride(0), a.stride(1)),
         packed(site, h, work),
-        top_k,
-        width,
-        slices,
-        spread,
-        parts,
-        ranks,
-        rows,
-        FEATURES if ranks * spread <= FEW_PLACES else FEATURES // 2,
-        **early(x.device),
+        TOP_K=top_k,
+        WIDTH=width,
+        SLICES=slices,
+        SPREAD=spread,
+        PARTS=parts,
+        RANKS=ranks,
+        ROWS=rows,
+        STEP=FEATURES if ranks * spread <= FEW_PLACES else FEATURES // 2,
         num_warps=4 if rows * ranks * spread <= TILE else 8,
         num_stages=3,
     )

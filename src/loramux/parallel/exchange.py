@@ -60,7 +60,7 @@ class Exchange:
         several = parts.shape[0] > 1
         if (sums or several) and parts.dtype not in ([torch.float32] if several else ELEMENTS):
             return False
-        words = num_words(parts[0]) if parts.is_contiguous() else 0
+        words = num_words(parts) if parts.is_contiguous() else 0
         return 0 < words <= most_words(self._mailboxes, sums=sums)
 
     @property

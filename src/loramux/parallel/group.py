@@ -10,6 +10,7 @@ import io
 import pickle
 import threading
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,9 +88,7 @@ class Group:
             return
         self.entered += 1
         moved = self._there(tensor)
-        options = _options("BroadcastOptions")
-        options.rootRank = 0
-        _wait(self._group.broadcast([moved], options))
+        _wait(self._group.broadcast([moved], _options("BroadcastOptions")))
         self._back(moved, tensor)
 
     def share(self, value: Any, device: torch.device) -> Any:
@@ -159,6 +158,7 @@ class Group:
         return tensor.copy_(moved) if self._staged else tensor
 
 
+@cache
 def _options(name: str) -> Any:
     """Options of a collective that runs on the current stream, so that graphs capture it where it
     stands."""
