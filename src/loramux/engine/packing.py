@@ -212,19 +212,20 @@ def have_members(runs: Sequence[Run], rows: Set[int]) -> bool:
 def runs_of(rows: Sequence[Row]) -> list[Run]:
     """Rows, or parts of rows, with equal members, joined where they are neighbours."""
     runs: list[Run] = []
-    token = 0
+    start, token, current = 0, 0, None
     for row in rows:
         if row.before is None:
             parts: Sequence[tuple[int, Members]] = ((len(row.token_ids), row.members),)
         else:
             parts = row.parts()
         for count, members in parts:
-            end = token + count
-            if runs and runs[-1].members == members:
-                runs[-1] = Run(runs[-1].start, end, members)
-            else:
-                runs.append(Run(token, end, members))
-            token = end
+            if members != current:
+                if current is not None:
+                    runs.append(Run(start, token, current))
+                start, current = token, members
+            token += count
+    if current is not None:
+        runs.append(Run(start, token, current))
     return runs
 
 
