@@ -23,13 +23,16 @@ from loramux.kernels.triton_delta import (
     programs,
     rounded,
 )
-from loramux.kernels.triton_launch import launch, next_power_of_2, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 
 FEATURES = 128
 """How much of the input one step of a shrink takes, for `FEW_PLACES`; half of it for more."""
 
 FEW_PLACES, PLACES = 64, 128
 """Columns of a product, each a rank of a slice: the input is read once for `PLACES` of them."""
+
+MOST_SHARES = 16
+"""Programs that share the ranks of a chunk at most."""
 
 TILE = 4096
 """Numbers of a tile of `h` for 4 warps: with more, registers would spill."""
@@ -39,20 +42,21 @@ TILE = 4096
 def _shrink(
     x, x_stride, order, a, a_slice_stride, a_row_stride, lora, TOP_K: tl.constexpr,
     WIDTH: tl.constexpr, SLICES: tl.constexpr, SPREAD: tl.constexpr, PARTS: tl.constexpr,
-    RANKS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+    SHARES: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     # All parts take the same number of whole steps; the last ones may find nothing left.
     SPAN: tl.constexpr = (WIDTH + STEP * PARTS - 1) // (STEP * PARTS) * STEP
-    begin = tl.load(lora.counts) * PARTS
-    end = tl.load(lora.counts + 1) * PARTS
+    begin = tl.load(lora.counts) * PARTS * SHARES
+    end = tl.load(lora.counts + 1) * PARTS * SHARES
     wait(EARLY)
     # RANKS ranks of all slices at once, so that x is read once: rank k of slice s is column
     # k * SPREAD + s of a product.
     places = tl.arange(0, RANKS * SPREAD)
     s = places % SPREAD
     for item in range(begin + tl.program_id(0), end, tl.num_programs(0)):
-        chunk = chunk_of(lora, item // PARTS)
-        part = item % PARTS
+        chunk = chunk_of(lora, item // (PARTS * SHARES))
+        part, share = item // SHARES % PARTS, item % SHARES
         rows = chunk[0] + tl.arange(0, ROWS)
         row_mask = rows < chunk[1]
         taken = rows
@@ -63,7 +67,7 @@ def _shrink(
         for member in range(chunk[2], chunk[3]):
             r = tl.load(lora.row_r + s * lora.pool_rows + p, mask=s < SLICES, other=0)
             r = tl.minimum(r, bound)  # [RANKS SPREAD]
-            for k in range(0, tl.max(r, 0), RANKS):
+            for k in range(share * RANKS, tl.max(r, 0), SHARES * RANKS):
                 ranks = k + places // SPREAD
                 live = ranks < r
                 a_rows = a + s.to(tl.int64) * a_slice_stride
@@ -95,6 +99,12 @@ def ranks_at_once(rows: int, columns: int, spread: int, experts: int) -> int:
     return max(16, min(PLACES // spread, 1 << (columns - 1).bit_length()))
 
 
+def rank_shares(rows: int, columns: int, ranks: int) -> int:
+    """Programs that share the ranks of a chunk, `ranks` of them at once. In captured steps all there may
+    be: there are programs to spare, and one after the other would take as many times as long."""
+    return 1 if rows > LARGE_CHUNK else max(1, min(MOST_SHARES, cdiv(columns, ranks)))
+
+
 def lora_shrink(
     x: torch.Tensor,
     site: LoRASite,
@@ -108,10 +118,12 @@ def lora_shrink(
     a, parts, rows = site.a, h.shape[0], max(MATRIX_ROWS, work.rows_per_chunk)
     slices, _, width = a.shape
     spread = next_power_of_2(slices)
-    ranks = ranks_at_once(rows, h.shape[2] // slices, spread, site.experts)
+    columns = h.shape[2] // slices
+    ranks = ranks_at_once(rows, columns, spread, site.experts)
+    shares = rank_shares(rows, columns, ranks)
     launch(
         _shrink,
-        programs(work.max_chunks * parts, x.device),
+        programs(work.max_chunks * parts * shares, x.device),
         (x, x.stride(0), order, a, a.stride(0), a.stride(1)),
         packed(site, h, work),
         TOP_K=top_k,
@@ -119,6 +131,7 @@ def lora_shrink(
         SLICES=slices,
         SPREAD=spread,
         PARTS=parts,
+        SHARES=shares,
         RANKS=ranks,
         ROWS=rows,
         STEP=FEATURES if ranks * spread <= FEW_PLACES else FEATURES // 2,
