@@ -127,7 +127,7 @@ def test_add_rms_norm(dtype: torch.dtype, mode: NormMode, device: str) -> None:
     check_add_norm(dtype, 96, mode, device, post=True, weights=F32)
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("rows, many", [(16, 1), (64, 1), (64, 1 << 30)])
 @pytest.mark.parametrize(
     "activations, weights, mode, size, post, parts",
     [
@@ -146,8 +146,12 @@ def test_add_rms_norm_with_delta(
     post: bool,
     parts: int,
     rows: int,
+    many: int,
     device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`many` chunks are worth larger tiles."""
+    monkeypatch.setattr("loramux.kernels.triton_norm.MANY_CHUNKS", many)
     starts = (0, size) if size != 72 else (0, 20, 72)
     case = make(starts, weights, parts=parts, rows_per_chunk=rows, untouched=((0, 9),))
     check_add_norm(activations, size, mode, device, case, post)

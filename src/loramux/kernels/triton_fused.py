@@ -151,7 +151,7 @@ def _run_gated(
     count, size = gate.shape
     out = torch.empty((count, size), dtype=gate.dtype, device=gate.device)  # [T, I]
     arguments = (gate, gate.stride(0), up, up.stride(0), out)
-    width = 0 if expand is None else tile_columns(expand)
+    width = 0 if expand is None else tile_columns(expand.site.slice_starts)
     if expand is not None and width and size % width == 0:
         launch(
             _gated_tiles,
@@ -161,7 +161,7 @@ def _run_gated(
             SIZE=size,
             COLS=width,
             ACTIVATION=activation,
-            **tile_arguments(),
+            **tile_arguments(expand.work),
         )
         return out  # [T, I]
     if expand is None:

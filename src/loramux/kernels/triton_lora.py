@@ -116,10 +116,10 @@ def _expand_tiles(
 def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     """Add the deltas of `expand` to `y` [T, N] (any row stride) in place."""
     arguments, lora = (y, y.stride(0)), kernel_arguments(expand)
-    width = tile_columns(expand)
+    width = tile_columns(expand.site.slice_starts)
     if width:
         grid = tile_programs(expand, y.shape[1] // width)
-        launch(_expand_tiles, grid, arguments, **lora, COLS=width, **tile_arguments())
+        launch(_expand_tiles, grid, arguments, **lora, COLS=width, **tile_arguments(expand.work))
         return
     rows = max(MATRIX_ROWS, expand.work.rows_per_chunk)
     launch(

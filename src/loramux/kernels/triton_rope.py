@@ -241,7 +241,7 @@ def rope_kv(
     }
     lora = kernel_arguments(expand)
     if expand is not None and all(start % size == 0 for start in expand.site.slice_starts):
-        grid, tile = tile_programs(expand, everything), tile_arguments()
+        grid, tile = tile_programs(expand, everything), tile_arguments(expand.work)
         launch(_rope_kv_tiles, grid, arguments, **lora, **shapes, **tile, enable_fp_fusion=False)
         return q  # [T, H, D]
     if expand is None:
