@@ -80,7 +80,7 @@ def make_turns(count: int) -> list[Case]:
 
 
 def mailboxes(rank: int, memory: torch.Tensor, epoch: int = 0) -> Any:
-    """Those of `rank` in `memory` [N, 2, N, SLOT_WORDS], where all ranks' are."""
+    """Those of `rank` in `memory` [N, 2, N, words], where all ranks' are."""
     device = memory.device
     return triton_exchange.Mailboxes(
         rank=rank,
@@ -88,12 +88,12 @@ def mailboxes(rank: int, memory: torch.Tensor, epoch: int = 0) -> Any:
         addresses=torch.tensor([one.data_ptr() for one in memory], device=device),
         epochs=torch.full((PROGRAMS,), epoch, dtype=torch.int32, device=device),
         alive=torch.ones(1, dtype=torch.int32, device=device),
-        slot_words=SLOT_WORDS,
+        slot_words=memory.shape[-1],
     )
 
 
-def empty_memory(size: int, device: str = "cpu") -> torch.Tensor:
-    return torch.zeros(size, 2, size, SLOT_WORDS, dtype=torch.int64, device=device)
+def empty_memory(size: int, device: str = "cpu", words: int = SLOT_WORDS) -> torch.Tensor:
+    return torch.zeros(size, 2, size, words, dtype=torch.int64, device=device)
 
 
 def set_small(round_bytes: int) -> None:
@@ -105,7 +105,7 @@ def set_small(round_bytes: int) -> None:
 def set_up_ranks(trouble: str, store: Path) -> list[bool]:
     """Whether each of two ranks gets an exchange, when rank 1 is in `trouble`; on a CPU."""
     memory = empty_memory(2).share_memory_()
-    return _in_processes(2, _set_up, memory, trouble, str(store))
+    return in_process_of_each(2, _set_up, memory, trouble, str(store))
 
 
 def _set_up(rank: int, memory: torch.Tensor, trouble: str, store: str) -> bool:
@@ -149,7 +149,7 @@ def in_processes(
 ) -> list[list[torch.Tensor]]:
     """What comes out of each turn on each rank."""
     memory = empty_memory(size).share_memory_()
-    answers = _in_processes(size, _take_turns, memory, turns, epoch, round_bytes)
+    answers = in_process_of_each(size, _take_turns, memory, turns, epoch, round_bytes)
     return [
         [
             torch.from_numpy(one.copy()).view(case.dtype)
@@ -159,7 +159,7 @@ def in_processes(
     ]
 
 
-def _in_processes(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def in_process_of_each(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function` returns in a process for each rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -187,23 +187,36 @@ def _get(results: Any, processes: list[Any]) -> Any:
 
 
 def on_streams(size: int, turns: list[Case], epoch: int) -> list[list[torch.Tensor]]:
-    memory = empty_memory(size, "cuda")
-    boxes = [mailboxes(rank, memory, epoch) for rank in range(size)]
+    def start(turn: int, rank: int) -> Callable[[Exchange], torch.Tensor]:
+        own = turns[turn].own(rank, turn).cuda()
+        return lambda by: turns[turn].exchanged(by, own)
+
+    return on_stream_of_each(empty_memory(size, "cuda"), len(turns), start, epoch)
+
+
+def on_stream_of_each(
+    memory: torch.Tensor,
+    turns: int,
+    start: Callable[[int, int], Callable[[Exchange], torch.Tensor]],
+    epoch: int = 0,
+) -> list[list[torch.Tensor]]:
+    """What each rank finds at its turns; `start` makes what finds it of a turn and a rank."""
+    ranks = range(len(memory))
+    boxes = [mailboxes(rank, memory, epoch) for rank in ranks]
     exchanges = [Exchange(box) for box in boxes]
-    streams = [torch.cuda.Stream() for _ in range(size)]
+    streams = [torch.cuda.Stream() for _ in ranks]
 
     def exchange_all() -> list[list[torch.Tensor]]:
-        own = [[case.own(rank, turn).cuda() for turn, case in enumerate(turns)] for rank in ranks]
+        calls = [[start(turn, rank) for turn in range(turns)] for rank in ranks]
         torch.cuda.synchronize()
         found: list[list[torch.Tensor]] = [[] for _ in ranks]
-        for turn, case in enumerate(turns):
+        for turn in range(turns):
             for rank in ranks:
                 with torch.cuda.stream(streams[rank]):
-                    found[rank].append(case.exchanged(exchanges[rank], own[rank][turn]))
+                    found[rank].append(calls[rank][turn](exchanges[rank]))
         torch.cuda.synchronize()
         return found
 
-    ranks = range(size)
     # Without waiting for each other first: no kernel can be loaded while another of this GPU waits.
     for box in boxes:
         box.alive.zero_()

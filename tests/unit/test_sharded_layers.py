@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from loramux.kernels import LoRASite, WorkList, lora_expand
+from loramux.kernels import Expand, LoRASite, WorkList, lora_expand
 from loramux.layers.batch import LoRAStep, StepBatch
 from loramux.layers.sharded import ShardedLinear, deal_out, parted
 from loramux.parallel import Group, cut_linear
@@ -122,3 +122,58 @@ def _joined(style: str, parts: list[torch.Tensor]) -> torch.Tensor:
         slices += [part[:, start:end] for part in parts]
         start = end
     return torch.cat(slices, dim=1)
+
+
+class _TwinExchange:
+    """Sums over gloo, and expands by the twin."""
+
+    def __init__(self, group: Group):
+        self._group = group
+        self.calls = 0
+
+    def takes(self, parts: torch.Tensor, *, sums: bool) -> bool:
+        return False
+
+    def takes_delta(self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList) -> bool:
+        return True
+
+    def sum_and_expand(
+        self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList
+    ) -> torch.Tensor:
+        self.calls += 1
+        z = self._group.all_reduce(z)
+        lora_expand(z[:, :width], Expand(site, z[:, width:].unsqueeze(0), work))
+        return z[:, :width]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_row_layer_is_summed_with_its_delta_or_before_it(at_once: bool, tmp_path: Path) -> None:
+    linear = nn.Linear(HIDDEN, 32, dtype=torch.float64)
+    a = torch.randn(RANK, HIDDEN, dtype=torch.float64)
+    b = torch.randn(32, RANK, dtype=torch.float64)
+    x = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
+    case = _Case("rowwise", [linear], [a], [b], x)
+
+    def outcome(group: Group) -> torch.Tensor:
+        cut = cut_linear("rowwise", (32, HIDDEN), SIZE, group.rank, fully=False)
+        part = nn.Linear(cut.input.size, 32, bias=group.rank == 0, dtype=torch.float64)
+        part.weight.data = linear.weight.data[:, cut.input.slice].clone()
+        if group.rank == 0:
+            part.bias = linear.bias
+        batch = StepBatch(lora=LoRAStep(_work(), 0, width=6))
+        layer = ShardedLinear([part], batch, [cut], group, fully=False)
+        layer.attach_site(RANK, torch.float64)
+        assert layer.site is not None
+        layer.site.a[0, :RANK], layer.site.b[:RANK] = a[:, cut.input.slice], b.T
+        _own(layer.site, 0, RANK)
+        twin = _TwinExchange(group)
+        group.exchange = twin if at_once else None  # type: ignore[assignment]
+        y, expand = layer.project(x[:, cut.input.slice].contiguous())
+        assert (expand is None) == at_once == bool(twin.calls)
+        if expand is not None:
+            lora_expand(y, expand)
+        return y
+
+    outcomes = on_all_ranks(SIZE, tmp_path / "store", outcome)
+    with torch.inference_mode():
+        torch.testing.assert_close(_joined("rowwise", outcomes), case.expected())

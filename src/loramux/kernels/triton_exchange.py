@@ -79,7 +79,7 @@ class Boxes(NamedTuple):
 
 
 @triton.jit
-def _low(word, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
+def low_number(word, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
     """The first of the two numbers in a word of 32 bits, or its only one."""
     if WHOLE:
         return word.to(tl.float32, bitcast=True)
@@ -88,7 +88,7 @@ def _low(word, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _high(word, ELEMENT: tl.constexpr):
+def high_number(word, ELEMENT: tl.constexpr):
     return ((word >> 16) & 0xFFFF).to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
 
 
@@ -113,7 +113,7 @@ def _own(x, at, mask, words, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _send(addresses, rank, place, word, epoch, mask):
+def send(addresses, rank, place, word, epoch, mask):
     """Write words of this epoch to a place in another rank's mailbox."""
     mailbox = tl.load(addresses + rank).to(tl.pointer_type(tl.int64))
     message = (word.to(tl.int64) << 32) | (epoch.to(tl.int64) & 0xFFFFFFFF)
@@ -121,23 +121,23 @@ def _send(addresses, rank, place, word, epoch, mask):
 
 
 @triton.jit
-def _next_epoch(epochs):
+def next_epoch(epochs):
     """Of this program; 0 is what was never written."""
     epoch = tl.load(epochs + tl.program_id(0)) + 1
     return tl.where(epoch == 0, 2, epoch)
 
 
 @triton.jit
-def _added(low, high, word, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
+def with_word(low, high, word, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
     """The sums of numbers, with those in a word."""
-    low += _low(word, WHOLE, ELEMENT)
+    low += low_number(word, WHOLE, ELEMENT)
     if not WHOLE:
-        high += _high(word, ELEMENT)
+        high += high_number(word, ELEMENT)
     return low, high
 
 
 @triton.jit
-def _packed(low, high, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
+def word_of(low, high, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
     """The word of two sums."""
     if WHOLE:
         return low.to(tl.int32, bitcast=True)
@@ -146,7 +146,7 @@ def _packed(low, high, WHOLE: tl.constexpr, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _received(slot, at, mask, epoch, alive):
+def received(slot, at, mask, epoch, alive):
     """The words of a slot, once all are of this epoch."""
     message = tl.load(slot + at, mask=mask, other=0, volatile=True)
     late = tl.sum((mask & (message.to(tl.int32) != epoch)).to(tl.int32))
@@ -171,7 +171,7 @@ def _exchange(
     wait(EARLY)
     program = tl.program_id(0)
     step = tl.num_programs(0) * WORDS
-    epoch = _next_epoch(boxes.epochs)
+    epoch = next_epoch(boxes.epochs)
     slot_words = boxes.slot_words
     half = (epoch & 1).to(tl.int64) * SIZE * slot_words
     for begin in range(program * WORDS, words, step):
@@ -180,7 +180,7 @@ def _exchange(
         word = _own(x, at, mask, words, PARTS)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
-                _send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
+                send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for begin in range(program * WORDS, words, step):
         at = begin + tl.arange(0, WORDS)
@@ -191,9 +191,9 @@ def _exchange(
             if rank == RANK:
                 word = _own(x, at, mask, words, PARTS)
             else:
-                word = _received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
+                word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
             if SUM:
-                low, high = _added(low, high, word, WHOLE, ELEMENT)
+                low, high = with_word(low, high, word, WHOLE, ELEMENT)
             elif SPLIT:
                 for place in tl.static_range(2):
                     one = 2 * at + place
@@ -203,7 +203,7 @@ def _exchange(
                 to = at // run * (SIZE * run) + rank * run + at % run
                 tl.store(out + to, word, mask=mask)
         if SUM:
-            tl.store(out + at, _packed(low, high, WHOLE, ELEMENT), mask=mask)
+            tl.store(out + at, word_of(low, high, WHOLE, ELEMENT), mask=mask)
     tl.store(boxes.epochs + program, epoch)
 
 
@@ -220,7 +220,7 @@ def _sum_in_two(
     wait(EARLY)
     program = tl.program_id(0)
     step = tl.num_programs(0) * WORDS
-    epoch = _next_epoch(boxes.epochs)
+    epoch = next_epoch(boxes.epochs)
     slot_words = boxes.slot_words
     half = (epoch & 1).to(tl.int64) * SIZE * slot_words
     for begin in range(program * WORDS, share, step):
@@ -229,7 +229,7 @@ def _sum_in_two(
             if rank != RANK:
                 mask = (at < share) & (rank * share + at < words)
                 word = _own(x, rank * share + at, mask, words, PARTS)
-                _send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
+                send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for begin in range(program * WORDS, share, step):
         at = begin + tl.arange(0, WORDS)
@@ -240,13 +240,13 @@ def _sum_in_two(
             if rank == RANK:
                 word = _own(x, RANK * share + at, mask, words, PARTS)
             else:
-                word = _received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
-            low, high = _added(low, high, word, WHOLE, ELEMENT)
-        total = _packed(low, high, WHOLE, ELEMENT)
+                word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
+            low, high = with_word(low, high, word, WHOLE, ELEMENT)
+        total = word_of(low, high, WHOLE, ELEMENT)
         tl.store(out + RANK * share + at, total, mask=mask)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
-                _send(
+                send(
                     boxes.addresses, rank, half + RANK * slot_words + share + at, total, epoch, mask
                 )
     for begin in range(program * WORDS, share, step):
@@ -255,7 +255,7 @@ def _sum_in_two(
             if rank != RANK:
                 mask = (at < share) & (rank * share + at < words)
                 slot = mailbox + rank * slot_words + share
-                word = _received(slot, at, mask, epoch, boxes.alive)
+                word = received(slot, at, mask, epoch, boxes.alive)
                 tl.store(out + rank * share + at, word, mask=mask)
     tl.store(boxes.epochs + program, epoch)
 

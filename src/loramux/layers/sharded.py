@@ -6,8 +6,9 @@
     row, fully        h = reduce(A' x')  reduce(y + B' h in its columns)     B' this rank's rows
 
 x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
-By default y and h of a row layer stand side by side and one all-reduce sums both; the delta is added
-after it, in the op that follows anyway. Where a step has no work list (CPUs), reduce(y + B h) does it.
+By default y and h of a row layer stand side by side and one all-reduce sums both. In small steps the
+same kernel adds the delta, else the op that follows anyway. Where a step has no work list (CPUs),
+reduce(y + B h) does it.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ class ShardedLinear(MergedLinear):
 
     def _project_row(
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
-    ) -> tuple[torch.Tensor, Expand]:
-        """x [T, K'] -> all ranks' products summed [T, N], with all of the delta still to be added."""
+    ) -> tuple[torch.Tensor, Expand | None]:
+        """x [T, K'] -> all ranks' products summed [T, N], and the delta, if it is still to be added."""
         self.computations += 1
         width = self.out_features
         if lora.base_rows and self._stacked is not None:
@@ -150,6 +151,10 @@ class ShardedLinear(MergedLinear):
             z = x.new_empty(x.shape[0], width + parts * columns)  # [T, N + P W]
             h = z[:, width:].unflatten(1, (parts, columns)).transpose(0, 1)  # [P, T, W]
             self._shrink_beside(x, lora, site, h, z[:, :width])
+        if h.shape[0] == 1:
+            y = self._group.sum_and_expand(z, width, site, lora.work)
+            if y is not None:
+                return y, None  # [T, N]
         z = self._group.all_reduce(z)  # the same shape
         return z[:, :width], Expand(site, h, lora.work)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loramux.kernels import LoRASite, WorkList, triton_sum_expand
 from loramux.kernels.triton_exchange import (
     ELEMENTS,
     PROGRAMS,
@@ -79,6 +80,16 @@ class Exchange:
         out = parts.new_empty(runs, self._mailboxes.size, run)  # [M, N, run]
         exchange_gather(parts, run, out, self._mailboxes)
         return out
+
+    def takes_delta(self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList) -> bool:
+        """Whether `sum_and_expand` can, and sooner than in two ops."""
+        return triton_sum_expand.takes(z, width, site, work, self._mailboxes)
+
+    def sum_and_expand(
+        self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList
+    ) -> torch.Tensor:
+        """z [T, width + W] of all ranks, products and shrunk activations -> [T, width] with delta."""
+        return triton_sum_expand.sum_and_expand(z, width, site, work, self._mailboxes)
 
     def abandon(self) -> None:
         """Let no exchange wait any more, and none that comes; from any thread."""

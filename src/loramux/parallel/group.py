@@ -18,6 +18,7 @@ import torch
 from loramux.parallel.cuts import Stripe
 
 if TYPE_CHECKING:
+    from loramux.kernels import LoRASite, WorkList
     from loramux.parallel.exchange import Exchange
 
 # A group waits this long for a rank that is busy; one that has died is noticed at once elsewhere.
@@ -55,6 +56,16 @@ class Group:
         if self.size == 1 or not parts.numel():
             return parts[0] if parts.shape[0] == 1 else parts.sum(0)
         return self._sum(parts.contiguous())
+
+    def sum_and_expand(
+        self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList
+    ) -> torch.Tensor | None:
+        """z [T, width + W], in whose last columns stand shrunk activations -> [T, width], its first
+        summed over all ranks and the delta of the others' sums added; None where that is not one op."""
+        if self.exchange is None or not self.exchange.takes_delta(z, width, site, work):
+            return None
+        self.entered += 1
+        return self.exchange.sum_and_expand(z, width, site, work)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[...] of one shape on all ranks -> [size, ...]."""

@@ -1,0 +1,195 @@
+"""A sum over GPUs that takes the LoRA delta behind it along, for small steps.
+
+A row layer's partial products and its shrunk activations stand side by side, see `layers.sharded`. As
+one sum and an expand behind it that is two kernels, of which the second waits for the first. Here each
+program sums a tile of the products as in `triton_exchange`, sums the few shrunk activations that
+this tile needs as well, and adds the delta. While messages are on their way it loads B.
+"""
+
+# The bodies of Triton functions are not Python that mypy could check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+from loramux.kernels import triton_exchange
+from loramux.kernels.arguments import LoRASite, WorkList
+from loramux.kernels.triton_delta import (
+    LARGE_CHUNK,
+    chunk_of,
+    member_after,
+    packed,
+    product,
+    rank_and_factor,
+    rounded,
+)
+from loramux.kernels.triton_exchange import (
+    ELEMENTS,
+    Mailboxes,
+    high_number,
+    in_two_rounds,
+    low_number,
+    next_epoch,
+    num_words,
+    received,
+    send,
+    with_word,
+    word_of,
+)
+from loramux.kernels.triton_launch import launch, wait
+
+ROWS, COLUMNS, WARPS = 8, 256, 8
+"""Of a tile; 64 rows of 4096 columns are as many tiles as an exchange has programs."""
+
+LEAST_COLUMNS = 32
+"""A product has at least 16 rows, and half a tile's columns stand there."""
+
+
+@triton.jit
+def _h_at(rows, row_words, WIDTH: tl.constexpr, column, ranks):
+    """The words with h at `ranks` of a member, most of them twice, since they hold two: [ROWS, 16]."""
+    return rows[:, None] * row_words + (WIDTH + column + ranks)[None, :] // 2
+
+
+@triton.jit
+def _b_words(b, p, ranks, bound, places, WIDTH: tl.constexpr):
+    """Rows p + `ranks` of b, up to `bound`, at `places` of words: [16, COLS / 2]."""
+    at = (p + ranks).to(tl.int64)[:, None] * (WIDTH // 2) + places[None, :]
+    return tl.load(b + at, mask=(ranks < bound)[:, None], other=0)
+
+
+@triton.jit
+def _send_to_all(z, at, mask, boxes, slot, epoch, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Send this rank's words at `at` to their places in its slot of all other mailboxes."""
+    word = tl.load(z + at, mask=mask, other=0)
+    for rank in tl.static_range(SIZE):
+        if rank != RANK:
+            send(boxes.addresses, rank, slot + at, word, epoch, mask)
+
+
+@triton.jit
+def _sums(
+    z, at, mask, boxes, mailbox, epoch,
+    RANK: tl.constexpr, SIZE: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """Of the first and of the second number of all ranks' words at `at`, rounded: float32."""
+    low = tl.zeros_like(at).to(tl.float32)
+    high = low
+    for rank in tl.static_range(SIZE):
+        if rank == RANK:
+            word = tl.load(z + at, mask=mask, other=0)
+        else:
+            word = received(mailbox + rank * boxes.slot_words, at, mask, epoch, boxes.alive)
+        low, high = with_word(low, high, word, False, ELEMENT)
+    return rounded(low, ELEMENT).to(tl.float32), rounded(high, ELEMENT).to(tl.float32)
+
+
+@triton.jit
+def _sum_and_expand(
+    z, row_words, boxes, lora, RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """z [T, WIDTH + W] of all ranks, in words of two ELEMENTs: its first WIDTH columns become the sums
+    and the delta of the sums of the others. A program hears only of those of its number elsewhere."""
+    TILES: tl.constexpr = WIDTH // COLS
+    z = z.to(tl.pointer_type(tl.int32), bitcast=True)
+    b = lora.b.to(tl.pointer_type(tl.int32), bitcast=True)
+    program = tl.program_id(0)
+    end = tl.load(lora.counts + 1) * TILES
+    ranks = tl.arange(0, 16)
+    wait(EARLY)
+    epoch = next_epoch(boxes.epochs)
+    half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
+    slot = half + RANK * boxes.slot_words
+    for item in range(program, end, tl.num_programs(0)):
+        chunk = chunk_of(lora, item // TILES)
+        places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
+        for first in range(chunk[0], chunk[1], ROWS):
+            rows = first + tl.arange(0, ROWS)
+            live = (rows < chunk[1])[:, None]
+            at = rows[:, None] * row_words + places[None, :]
+            _send_to_all(z, at, live & (places >= 0)[None, :], boxes, slot, epoch, RANK, SIZE)
+            p, column, bound = chunk[4], chunk[5], chunk[7]
+            for member in range(chunk[2], chunk[3]):
+                for k in range(0, bound, 16):
+                    h_at = _h_at(rows, row_words, WIDTH, column, k + ranks)
+                    h_mask = live & (k + ranks < bound)[None, :]
+                    _send_to_all(z, h_at, h_mask, boxes, slot, epoch, RANK, SIZE)
+                p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
+    mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
+    for item in range(program, end, tl.num_programs(0)):
+        chunk = chunk_of(lora, item // TILES)
+        places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
+        for first in range(chunk[0], chunk[1], ROWS):
+            rows = first + tl.arange(0, ROWS)
+            live = (rows < chunk[1])[:, None]
+            p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+            r, factor = rank_and_factor(lora, 0, p, scale, bound)
+            b_word = _b_words(b, p, ranks, bound, places, WIDTH)  # before anybody is waited for
+            at = rows[:, None] * row_words + places[None, :]
+            mask = live & (places >= 0)[None, :]
+            low, high = _sums(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+            delta_low = tl.zeros((COLS // 2, ROWS), tl.float32)
+            delta_high = tl.zeros((COLS // 2, ROWS), tl.float32)
+            for member in range(chunk[2], chunk[3]):
+                for k in range(0, bound, 16):
+                    if k > 0:
+                        b_word = _b_words(b, p, k + ranks, bound, places, WIDTH)
+                    h_at = _h_at(rows, row_words, WIDTH, column, k + ranks)
+                    h_mask = live & (k + ranks < bound)[None, :]
+                    one, two = _sums(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+                    h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
+                    h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, 16]
+                    b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [16, COLS / 2]
+                    b_low = low_number(b_word, False, ELEMENT).to(ELEMENT)
+                    b_high = high_number(b_word, ELEMENT).to(ELEMENT)
+                    delta_low += product(tl.trans(b_low), tl.trans(h)) * factor
+                    delta_high += product(tl.trans(b_high), tl.trans(h)) * factor
+                p, column, scale, bound, _affine = member_after(lora, p, member, chunk[3])
+                r, factor = rank_and_factor(lora, 0, p, scale, bound)
+                b_word = _b_words(b, p, ranks, bound, places, WIDTH)
+            low += tl.trans(delta_low)
+            high += tl.trans(delta_high)
+            tl.store(z + at, word_of(low, high, False, ELEMENT), mask=mask)
+    tl.store(boxes.epochs + program, epoch)
+
+
+def takes(
+    z: torch.Tensor, width: int, site: LoRASite, work: WorkList, mailboxes: Mailboxes
+) -> bool:
+    """Whether `sum_and_expand` can and should: for steps that graphs capture, in one round, whose
+    shrunk activations are a product's and whose adapters have no gains and shifts."""
+    small = work.rows_per_chunk <= LARGE_CHUNK and site.num_slices == site.experts == 1
+    plain = not work.affine and site.b.dtype == z.dtype and site.b.is_contiguous()
+    fits = z.element_size() == 2 and z.dtype in ELEMENTS and z.is_contiguous()
+    if not (small and plain and fits) or width % LEAST_COLUMNS or z.shape[1] % 2:
+        return False
+    words = num_words(z.unsqueeze(0))
+    return 0 < words <= mailboxes.slot_words and not in_two_rounds(words, mailboxes)
+
+
+def sum_and_expand(
+    z: torch.Tensor, width: int, site: LoRASite, work: WorkList, mailboxes: Mailboxes
+) -> torch.Tensor:
+    """z [T, width + W] of all ranks, which is lost -> [T, width]: the sums of its first columns, with
+    the delta of the sums of the others, which are an `Expand`'s h. Of rows in no chunk anything."""
+    columns = COLUMNS
+    while width % columns:
+        columns //= 2
+    launch(
+        _sum_and_expand,
+        (triton_exchange.PROGRAMS,),
+        (z, z.shape[1] // 2, mailboxes.packed.value),
+        packed(site, z[:, width:].unsqueeze(0), work),
+        RANK=mailboxes.rank,
+        SIZE=mailboxes.size,
+        WIDTH=width,
+        ELEMENT=ELEMENTS[z.dtype],
+        ROWS=ROWS,
+        COLS=columns,
+        num_warps=WARPS,
+    )
+    return z[:, :width]

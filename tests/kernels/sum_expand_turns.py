@@ -1,0 +1,86 @@
+"""Turns of ranks at a sum that adds the delta, and what should come out."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from exchange_ranks import mailboxes, set_small
+from work_lists import Case, Span, in_float64, make_case, site_to, work_to
+
+from loramux.kernels import Expand, WorkList, reference
+from loramux.parallel.exchange import Exchange
+
+BF16, F16 = torch.bfloat16, torch.float16
+RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
+# Rows 0 and 29 are in no chunk.
+SPANS: list[Span] = [
+    (1, 3, []),
+    (3, 4, [2]),
+    (4, 6, [5, 18]),
+    (6, 25, [9]),
+    (25, 28, [64, 36, 2]),
+    (28, 29, []),
+]
+TOKENS, SLOT_WORDS = 30, 4096
+TURNS = [(BF16, 8, 96), (F16, 16, 128), (BF16, 16, 32), (F16, 8, 32), (BF16, 8, 96)]
+"""Type, rows of a chunk, and columns of the product."""
+
+
+def case_of(turn: int) -> Case:
+    dtype, rows, width = TURNS[turn]
+    torch.manual_seed(turn)
+    case = make_case((0, width), RANKS, SPANS, TOKENS, dtype=dtype, rows_per_chunk=rows)
+    return replace(case, work=_without_affine(case.work))
+
+
+def _without_affine(work: WorkList) -> WorkList:
+    chunks = work.chunks.clone()
+    chunks[:, 7] %= 1 << 16
+    return replace(work, chunks=chunks, member_ranks=work.member_ranks % (1 << 16), affine=False)
+
+
+def own(case: Case, turn: int, rank: int) -> torch.Tensor:
+    """z [T, N + W] of a rank; what no adapter's columns hold is NaN there."""
+    dice = torch.Generator().manual_seed(31 * turn + rank)
+    width, more = case.site.slice_starts[-1], case.width + case.width % 2
+    z = torch.randn(TOKENS, width + more, generator=dice).to(case.site.b.dtype)
+    nobodys = torch.zeros(more, dtype=torch.bool)
+    nobodys[: case.width] = case.expand.h[0].isnan().all(0)
+    z[:, width:][:, nobodys] = float("nan")
+    return z
+
+
+def expected(turn: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, N] in float64, and which rows count."""
+    case = case_of(turn)
+    width, dtype = case.site.slice_starts[-1], case.site.b.dtype
+    z = own(case, turn, 0).float()  # [T, N + W]
+    for rank in range(1, size):
+        z += own(case, turn, rank).float()
+    z = z.to(dtype)
+    y = z[:, :width].double()
+    expand = Expand(case.site, z[:, width:].unsqueeze(0), case.work)
+    reference.lora_expand(y, in_float64(expand))
+    return y, case.touched
+
+
+def found(exchange: Exchange, turn: int, rank: int, device: str) -> torch.Tensor:
+    case = case_of(turn)
+    site, work = site_to(case.site, device), work_to(case.work, device)
+    z, width = own(case, turn, rank).to(device), case.site.slice_starts[-1]
+    assert exchange.takes_delta(z, width, site, work)
+    return exchange.sum_and_expand(z, width, site, work)
+
+
+def take_turns(rank: int, memory: torch.Tensor) -> list[Any]:
+    set_small(round_bytes=1 << 30)
+    exchange, dice = Exchange(mailboxes(rank, memory)), random.Random(rank)
+    answers = []
+    for turn in range(len(TURNS)):
+        time.sleep(dice.choice([0, 0, 0.01]))
+        answers.append(found(exchange, turn, rank, "cpu").float().numpy().copy())
+    return answers

@@ -1,0 +1,75 @@
+"""A sum over ranks that adds the delta: as the sum, and then the twin's expand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("loramux.kernels.triton_exchange")
+
+from exchange_ranks import (
+    empty_memory,
+    in_process_of_each,
+    mailboxes,
+    on_stream_of_each,
+    set_small,
+)
+from kernel_cases import assert_close
+from sum_expand_turns import (
+    SLOT_WORDS,
+    TURNS,
+    case_of,
+    expected,
+    found,
+    own,
+    take_turns,
+)
+
+from loramux.parallel.exchange import Exchange
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_as_a_sum_and_an_expand(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROGRAMS", "WORDS", "ROUND_BYTES"):
+        module = "loramux.kernels.triton_exchange"
+        monkeypatch.setattr(f"{module}.{name}", getattr(pytest.importorskip(module), name))
+    if torch.cuda.is_available():
+        set_small(round_bytes=1 << 30)
+        memory = empty_memory(size, "cuda", SLOT_WORDS)
+
+        def start(turn: int, rank: int) -> Any:
+            return lambda by: found(by, turn, rank, "cuda").clone()
+
+        answers = on_stream_of_each(memory, len(TURNS), start)
+    else:
+        memory = empty_memory(size, "cpu", SLOT_WORDS).share_memory_()
+        raw = in_process_of_each(size, take_turns, memory)
+        answers = [[torch.from_numpy(one) for one in of_rank] for of_rank in raw]
+    for of_rank in answers:
+        for turn, one in enumerate(of_rank):
+            wanted, counts = expected(turn, size)
+            actual = one.cpu().to(TURNS[turn][0])
+            assert_close(actual[counts], wanted[counts], steps=2.0, floor=1e-4)
+
+
+def test_what_is_taken() -> None:
+    exchange = Exchange(mailboxes(0, empty_memory(2, words=SLOT_WORDS)))
+    case = case_of(0)
+    z, site, work = own(case, 0, 0), case.site, case.work
+
+    def takes(z: torch.Tensor = z, width: int = 96, **changes: Any) -> bool:
+        return exchange.takes_delta(z, width, site, replace(work, **changes))
+
+    assert takes()
+    assert not takes(affine=True)
+    assert not takes(rows_per_chunk=64)
+    assert not takes(z.float())
+    assert not takes(z[:, :-1].contiguous())  # half a word
+    assert not takes(z[:, :-2])  # not in one piece
+    assert not takes(z.repeat(5, 1))  # more than a slot holds
+    assert not takes(width=95)
+    wide = replace(site, a=site.a.float(), b=site.b.float(), affine=site.affine.float())
+    assert not exchange.takes_delta(z, 96, wide, work)
