@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,46 @@ def test_steps_of_many_tokens_answer_as_one_gpu(tiny_world: TinyWorld, adapters:
     prompts = [[dice.randrange(3, VOCAB) for _ in range(230)] for _ in adapters * 2]
     assert sum(map(len, prompts)) > 1024 + 230
     _compare(tiny_world, [*adapters, *adapters], eager=False, fully=True, prompts=prompts)
+
+
+@pytest.mark.multigpu
+def test_steps_of_16_bits_add_deltas_in_their_sums(
+    tiny_world: TinyWorld, adapters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of 16 bits differ from one GPU's, so likelihoods are compared for as long as tokens agree."""
+    exchange = pytest.importorskip("loramux.parallel.exchange").Exchange
+    calls = []
+    real = exchange.sum_and_expand
+
+    def counted(self: Any, z: torch.Tensor, *args: Any) -> Any:
+        calls.append(z.shape)
+        return real(self, z, *args)
+
+    monkeypatch.setattr(exchange, "sum_and_expand", counted)
+    likely = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
+    loras = [None, *(LoRARequest(Path(path).name, 1, path) for path in adapters[:3])]
+    settings = {"device": "cuda", "dtype": "bfloat16", "max_loras": 4, "max_lora_rank": 8}
+    settings |= {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
+    answers = []
+    for ranks in (1, 2):
+        more = {**settings, "tensor_parallel_size": ranks}
+        with LLM(str(tiny_world.model), enable_lora=True, **more) as llm:
+            outputs = llm.generate(PROMPTS[:4], likely, lora_request=loras)
+        answers.append([_likelihoods(output.outputs[0]) for output in outputs])
+        assert bool(calls) == (ranks == 2)
+    agreed = 0
+    for alone, together in zip(*answers, strict=True):
+        for (token, likelihood), (other, found) in zip(alone, together, strict=True):
+            assert abs(likelihood - found) < 0.1
+            if token != other:
+                break
+            agreed += 1
+    assert agreed >= 12
+
+
+def _likelihoods(output: Any) -> list[tuple[int, float]]:
+    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    return [(token, of_step[token].logprob) for token, of_step in pairs]
 
 
 def _compare(
