@@ -7,6 +7,7 @@ import logging
 import pickle
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from loramux.engine.activation import (
     starts_of,
     until_second,
 )
+from loramux.engine.link import content_of
 from loramux.engine.packing import Capacity, PackedStep, active_runs, fill, runs_of
 from loramux.engine.plan import CHOSEN_ELSEWHERE, Row, SampleSpec, StepPlan
 from loramux.engine.rows import make_row
@@ -217,8 +219,11 @@ def test_single_tokens_have_the_members_of_their_place() -> None:
 
 
 def test_other_ranks_are_told_where_an_adapter_begins() -> None:
-    told = StepPlan(tuple(ROWS)).for_others()
-    assert [row.before for row in told.rows] == [row.before for row in ROWS]
+    plan = StepPlan(tuple(ROWS), (), ("image",), (7,))
+    told = pickle.loads(content_of(plan.for_others())).plan()
+    chosen = [row.sample and CHOSEN_ELSEWHERE for row in ROWS]
+    wanted = [replace(row, sample=sample) for row, sample in zip(ROWS, chosen, strict=True)]
+    assert told == replace(plan, rows=tuple(wanted))
     assert told.rows[1].sample is CHOSEN_ELSEWHERE
 
 

@@ -155,9 +155,10 @@ class Follower:
                     self._loader.submit(self._load, runner, message, file, self._received)
                     continue
                 self._received += 1
-                self._plans.put(message)
                 if isinstance(message, Stop):
+                    self._plans.put(message)
                     return
+                self._plans.put(message.plan())
         except (EOFError, OSError):
             self._plans.put(Stop())
             self._leave(EXIT_LOST)

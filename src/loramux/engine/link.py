@@ -99,6 +99,10 @@ class Failed:
     error: Exception
 
 
+def content_of(message: Any) -> bytes:
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
 class Link:
     """One end. `send` may be called from any thread, `receive` from one."""
 
@@ -108,7 +112,10 @@ class Link:
 
     def send(self, message: Any, file: int | None = None) -> None:
         """Raises OSError when the other end is gone."""
-        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        self.send_content(content_of(message), file)
+
+    def send_content(self, content: bytes, file: int | None = None) -> None:
+        """As `send`, of a message that others get as well."""
         head = len(content).to_bytes(LENGTH, "little")
         with self._lock:
             if file is None:

@@ -37,6 +37,7 @@ from loramux.engine.link import (
     Resolved,
     Start,
     Stop,
+    content_of,
     in_file,
 )
 from loramux.engine.plan import AdapterLoad
@@ -149,9 +150,10 @@ class Team:
         """To all. Raises EngineStopped when one is gone."""
         if self.lost is not None:
             raise self.lost
+        content = content_of(message)
         try:
             for link in self._links.values():
-                link.send(message, file)
+                link.send_content(content, file)
         except OSError as error:
             raise self.explain(error) from error
 
