@@ -32,11 +32,14 @@ class Case:
     dtype: torch.dtype
     shape: tuple[int, ...]  # [P, ...]
     run: int  # of a gather; 0: a sum
+    wider: int = 0  # rows of a tensor that has so many more columns
 
-    def own(self, rank: int, turn: int) -> torch.Tensor:
+    def own(self, rank: int, turn: int, device: str = "cpu") -> torch.Tensor:
         """What a rank has at its turn [P, ...]."""
         dice = torch.Generator().manual_seed(97 * turn + rank)
-        return (100 * torch.randn(self.shape, generator=dice)).to(self.dtype)
+        *outer, width = self.shape
+        numbers = 100 * torch.randn(*outer, width + self.wider, generator=dice)
+        return numbers.to(self.dtype).to(device)[..., self.wider :]
 
     def expected(self, size: int, turn: int) -> torch.Tensor:
         """Sums are in float32, first over the parts, then in the order of the ranks."""
@@ -55,7 +58,9 @@ class Case:
 
     def exchanged(self, by: Exchange, own: torch.Tensor) -> torch.Tensor:
         assert by.takes(own, sums=not self.run)
-        return by.gather(own, self.run) if self.run else by.sum(own, own[0])
+        if self.run:
+            return by.gather(own, self.run)
+        return by.sum(own, own.new_empty(own.shape[1:]) if self.wider else own[0])
 
 
 CASES = [
@@ -71,6 +76,10 @@ CASES = [
     Case(torch.float16, (1, 2, 77), 1),
     Case(torch.int32, (1, 33), 33),
     Case(torch.bfloat16, (1, 1280), 1280),
+    Case(torch.bfloat16, (1, 5, 6), 0, 10),
+    Case(torch.float32, (1, 4, 9), 0, 1),
+    Case(torch.bfloat16, (1, 7, 12), 3, 4),
+    Case(torch.float16, (1, 40, 16), 16, 2),
 ]
 
 
@@ -188,7 +197,7 @@ def _get(results: Any, processes: list[Any]) -> Any:
 
 def on_streams(size: int, turns: list[Case], epoch: int) -> list[list[torch.Tensor]]:
     def start(turn: int, rank: int) -> Callable[[Exchange], torch.Tensor]:
-        own = turns[turn].own(rank, turn).cuda()
+        own = turns[turn].own(rank, turn, "cuda")
         return lambda by: turns[turn].exchanged(by, own)
 
     return on_stream_of_each(empty_memory(size, "cuda"), len(turns), start, epoch)

@@ -92,6 +92,11 @@ def test_nobody_waits_once_it_is_abandoned() -> None:
         (torch.zeros(1, 4, dtype=torch.int32), False, True),
         (torch.zeros(1, 4, dtype=torch.int64), False, False),
         (torch.zeros(1, 4, 4)[:, :, ::2], True, False),
+        (torch.zeros(1, 4, 8)[:, :, 2:], True, True),
+        (torch.zeros(1, 4, 8, dtype=torch.bfloat16)[:, :, 2:], False, True),
+        (torch.zeros(1, 4, 9, dtype=torch.bfloat16)[:, :, 1:], True, False),  # rows out of step
+        (torch.zeros(1, 4, 8, dtype=torch.bfloat16)[:, :, 1:], True, False),  # half a word a row
+        (torch.zeros(2, 4, 8)[:, :, 2:], True, False),
         (torch.zeros(1, 0), True, False),
     ],
 )

@@ -4,10 +4,12 @@ loads and evictions, on gloo."""
 from __future__ import annotations
 
 import pytest
+import torch
 
 from loramux import LLM, SamplingParams
 from loramux.engine import engine, follower
 from loramux.engine.gpu_runner import GpuRunner
+from loramux.layers.sharded import ShardedLinear
 from parity.oracle import assert_logprobs_equal, make_case, requests_for
 from ranks import thread_ranks  # noqa: F401
 
@@ -46,13 +48,23 @@ def test_answers_equal_peft(case, size: int, fully: bool) -> None:
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
-def test_the_packed_steps_of_gpus_equal_peft(case, monkeypatch, fully: bool) -> None:
+@pytest.mark.parametrize(
+    "size, fully", [(2, False), (2, True), (4, True)], ids=["default", "fully", "fully-4"]
+)
+def test_the_packed_steps_of_gpus_equal_peft(case, monkeypatch, size: int, fully: bool) -> None:
     """On CPUs, where nothing is captured, a step ahead."""
     monkeypatch.setattr(engine, "make_runner", GpuRunner)
     monkeypatch.setattr(follower, "make_runner", GpuRunner)
-    settings = {"tensor_parallel_size": 2, "fully_sharded_loras": fully}
+    extended, real = [], ShardedLinear.extended_product
+
+    def counted(self: ShardedLinear, x: torch.Tensor, rows: int) -> torch.Tensor:
+        extended.append(self.kind)
+        return real(self, x, rows)
+
+    monkeypatch.setattr(ShardedLinear, "extended_product", counted)
+    settings = {"tensor_parallel_size": size, "fully_sharded_loras": fully}
     _answer_as_peft(case, **settings, async_scheduling=True)
+    assert {"column", "row"} <= set(extended)
 
 
 def _answer_as_peft(case, **more: object) -> None:

@@ -30,6 +30,7 @@ class _Case:
     a: list[torch.Tensor]  # of each layer [r, in]
     b: list[torch.Tensor]  # [out, r]
     x: torch.Tensor  # [T, in]
+    under: bool  # A stands under the weight, and its product comes with the base product
 
     def expected(self) -> torch.Tensor:
         """[T, N] of all layers side by side."""
@@ -44,7 +45,12 @@ class _Case:
         """This rank's part."""
         work = _work()
         batch = StepBatch(
-            lora=LoRAStep(work, 0, width=6, dealt=deal_out(work, SIZE), deltas=parted(work)[0])
+            lora=LoRAStep(
+                *(work, 16 if self.under else 0),
+                width=6,
+                dealt=deal_out(work, SIZE),
+                deltas=parted(work)[0],
+            )
         )
         cuts, parts = [], []
         for whole in self.linears:
@@ -58,8 +64,9 @@ class _Case:
             cuts.append(cut)
             parts.append(part)
         layer = ShardedLinear(parts, batch, cuts, group, fully=True)
-        layer.attach_site(RANK, torch.float64)
+        layer.attach_site(RANK, torch.float64, under_weight=self.under)
         assert layer.site is not None and layer.dealt_site is not None
+        assert layer.extends_product == self.under
         for s, (cut, a, b) in enumerate(zip(cuts, self.a, self.b, strict=True)):
             start = layer.starts[s]
             mine = b[cut.b_output.slice].T  # [r, out']
@@ -100,12 +107,15 @@ def _work() -> WorkList:
     )
 
 
+@pytest.mark.parametrize("under", [False, True], ids=["kernel", "product"])
 @pytest.mark.parametrize("style", ["colwise", "rowwise"])
-def test_ranks_have_together_what_a_whole_layer_computes(style: str, tmp_path: Path) -> None:
+def test_ranks_have_together_what_a_whole_layer_computes(
+    style: str, under: bool, tmp_path: Path
+) -> None:
     linears = [nn.Linear(HIDDEN, out, dtype=torch.float64) for out in OUTS[style]]
     a = [torch.randn(RANK, HIDDEN, dtype=torch.float64) for _ in linears]
     b = [torch.randn(one.out_features, RANK, dtype=torch.float64) for one in linears]
-    case = _Case(style, linears, a, b, torch.randn(TOKENS, HIDDEN, dtype=torch.float64))
+    case = _Case(style, linears, a, b, torch.randn(TOKENS, HIDDEN, dtype=torch.float64), under)
     outcomes = on_all_ranks(SIZE, tmp_path / "store", case.outcome)
     with torch.inference_mode():
         torch.testing.assert_close(_joined(style, outcomes), case.expected())
@@ -152,7 +162,7 @@ def test_a_row_layer_is_summed_with_its_delta_or_before_it(at_once: bool, tmp_pa
     a = torch.randn(RANK, HIDDEN, dtype=torch.float64)
     b = torch.randn(32, RANK, dtype=torch.float64)
     x = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
-    case = _Case("rowwise", [linear], [a], [b], x)
+    case = _Case("rowwise", [linear], [a], [b], x, False)
 
     def outcome(group: Group) -> torch.Tensor:
         cut = cut_linear("rowwise", (32, HIDDEN), SIZE, group.rank, fully=False)

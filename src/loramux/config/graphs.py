@@ -45,10 +45,10 @@ def affine_buckets(buckets: Sequence[int], tokens: int, sequences: int) -> list[
     return small[-1:] if tokens <= sequences else []
 
 
-def row_buckets(rows: int) -> list[int]:
-    """Doubling from 16 up to the whole pool of `rows` rows."""
+def row_buckets(rows: int, granule: int = 1) -> list[int]:
+    """Doubling from 16, on each of `granule` ranks that share them, up to the whole pool of `rows`."""
     buckets = []
-    size = 16
+    size = 16 * granule
     while size < rows:
         buckets.append(size)
         size *= 2

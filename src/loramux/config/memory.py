@@ -185,9 +185,10 @@ def vocabulary_bytes(lora: LoRAConfig, facts: ModelFacts) -> int:
 
 
 def pool_rows(lora: LoRAConfig, granule: int = 1) -> int:
-    """Rank rows of the pool, of which an adapter takes a multiple of `granule`."""
+    """Rank rows of the pool, of which an adapter takes a multiple of `granule`; so many ranks may share
+    them, and each has a multiple of `ROW_STEP`."""
     rows = lora.max_loras * pool_rank(lora, granule)
-    return rows + -rows % ROW_STEP
+    return rows + -rows % (ROW_STEP * granule)
 
 
 def pool_rank(lora: LoRAConfig, granule: int = 1) -> int:
@@ -225,8 +226,8 @@ def num_graphs(config: EngineConfig, facts: ModelFacts) -> int:
     sizes = captured_sizes(config)
     if (lora := config.lora) is None:
         return len(sizes)
-    under_weight = lora.lora_dtype in ("auto", facts.dtype) and facts.row_granule == 1
-    buckets = row_buckets(pool_rows(lora, facts.row_granule)) if under_weight else []
+    under_weight, granule = lora.lora_dtype in ("auto", facts.dtype), facts.row_granule
+    buckets = row_buckets(pool_rows(lora, granule), granule) if under_weight else []
     places = 1 + len(buckets)
     bounds = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
     outer = int(lora.changes_vocabulary and facts.widths.fused)

@@ -26,7 +26,8 @@ def make_chooser(
     active = active_buckets(lora.max_loras) if lora.specialize_active_lora else []
     linears = [s for s in attached.sites if not isinstance(s, TowerLinear)]
     sites = [s for s in linears if s.extends_product] or linears
-    buckets = row_buckets(sites[0].pool_rows) if sites and sites[0].extends_product else []
+    extends = bool(sites) and sites[0].extends_product
+    buckets = row_buckets(sites[0].pool_rows, facts.row_granule) if extends else []
     costs = load_costs(sites, lora, facts, measure=measure)
     # One choice on all ranks: it decides what is captured, and so what meets in collectives.
     return active, LoRAChooser(buckets, attached.group.share(costs, device))

@@ -93,7 +93,7 @@ class Runner(ABC):
             lora_dtype = getattr(torch, config.lora.lora_dtype)
             shared = self._place_rows = place_rows(config.lora, config.row_granule)
             self._affines = Affines(self.attached, lora_dtype, self.group.beside)
-            under = self.extends_products and lora_dtype == dtype and self._deal == 1
+            under = self.extends_products and lora_dtype == dtype
             for site in self.attached.sites:
                 site.attach_site(rows, lora_dtype, under_weight=under, place_rows=shared)
             for experts in self.attached.experts:

@@ -70,14 +70,14 @@ def load_costs(
     if not sites:  # adapters on experts alone
         return CostTable((1,), (1,), ((0.0,),), ((0.0,),))
     if not measure or not sites[0].extends_product:
-        return _estimated(sites)
+        return _estimated(sites, facts.row_granule)
     path = _folder() / f"{_key(sites, lora, facts)}.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         table = CostTable(**{name: _tuples(value) for name, value in found.items()})
     except (OSError, ValueError, TypeError):
         start = time.perf_counter()
-        table = _measured(sites)
+        table = _measured(sites, facts.row_granule)
         logger.info("measured the LoRA kernels in %.1f s", time.perf_counter() - start)
         _save(path, table)
     return table
@@ -121,10 +121,10 @@ def _shapes(sites: Sequence[MergedLinear]) -> Counter[tuple[int, int, int]]:
     return Counter((s.num_slices, s.in_features, s.out_features) for s in sites)
 
 
-def _estimated(sites: Sequence[MergedLinear]) -> CostTable:
+def _estimated(sites: Sequence[MergedLinear], granule: int) -> CostTable:
     """From the bytes of A at 4 bytes a nanosecond, and 3 microseconds a launch."""
-    rows = tuple(row_buckets(max(site.pool_rows for site in sites)))
-    per_row = sum(s.num_slices * s.in_features for s in sites) * 2 / 4e6
+    rows = tuple(row_buckets(max(site.pool_rows for site in sites), granule))
+    per_row = sum(s.num_slices * s.in_features / s.row_sharers for s in sites) * 2 / 4e6
     products = tuple(tuple(per_row * r * max(1, t / 256) for r in rows) for t in TOKENS)
     kernels = tuple(
         tuple(per_row * r + 3.0 * len(sites) + 0.01 * t * len(sites) for r in rows) for t in TOKENS
@@ -136,8 +136,8 @@ def _estimated(sites: Sequence[MergedLinear]) -> CostTable:
 
 
 @torch.inference_mode()
-def _measured(sites: Sequence[MergedLinear]) -> CostTable:
-    rows = tuple(row_buckets(sites[0].pool_rows))
+def _measured(sites: Sequence[MergedLinear], granule: int) -> CostTable:
+    rows = tuple(row_buckets(sites[0].pool_rows, granule))
     by_shape: dict[tuple[int, int, int], list[MergedLinear]] = {}
     for site in sites:
         by_shape.setdefault((site.num_slices, site.in_features, site.out_features), []).append(site)
@@ -165,11 +165,11 @@ def _product_with(rows: int) -> Work:
 
 
 def _kernel_for(tokens: int, rows: int) -> Work:
-    """A shrink as if adapters of 16 rows shared the tokens evenly."""
+    """A shrink as if adapters of 16 rows, on this rank, shared the tokens evenly."""
 
     def run(site: MergedLinear, x: torch.Tensor) -> None:
-        assert site.site is not None
-        work, pool = _even_work(tokens, rows, site.site)
+        assert site.shrink_site is not None
+        work, pool = _even_work(tokens, rows // site.row_sharers, site.shrink_site)
         parts = shrink_parts(tokens, site.in_features, work.max_chunks)
         h = x.new_empty(parts, tokens, 16 * site.num_slices, dtype=torch.float32)
         lora_shrink(x, pool, work, h)

@@ -99,9 +99,11 @@ def _half(value, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _own(x, at, mask, words, PARTS: tl.constexpr):
+def _own(x, at, mask, words, width, stride, PARTS: tl.constexpr):
     """Words of x [PARTS, words], which are summed where there are several: float32. All parts are
-    asked for at once; in a loop each would wait for the one before."""
+    asked for at once; in a loop each would wait for the one before. Rows of `width` words are `stride`
+    apart."""
+    at = at // width * stride + at % width
     word = tl.load(x + at, mask=mask, other=0)
     if PARTS > 1:
         total = word.to(tl.float32, bitcast=True)
@@ -157,15 +159,15 @@ def received(slot, at, mask, epoch, alive):
     return (message >> 32).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["words", "run"])
+@triton.jit(do_not_specialize=["words", "width", "stride", "run"])
 def _exchange(
-    x, out, words, run, boxes,
+    x, out, words, width, stride, run, boxes,
     PARTS: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, WHOLE: tl.constexpr,
     ELEMENT: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x [PARTS, words] of all ranks -> out [words], summed in the order of the ranks, a word being
     one float32, if WHOLE, or two ELEMENTs; or, without SUM, out [words / run, SIZE, run]. SPLIT: a run
-    is counted in halves of words."""
+    is counted in halves of words. Rows of x have `width` words and are `stride` apart."""
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
     out = out.to(tl.pointer_type(tl.int16 if SPLIT else tl.int32), bitcast=True)
     wait(EARLY)
@@ -177,7 +179,7 @@ def _exchange(
     for begin in range(program * WORDS, words, step):
         at = begin + tl.arange(0, WORDS)
         mask = at < words
-        word = _own(x, at, mask, words, PARTS)
+        word = _own(x, at, mask, words, width, stride, PARTS)
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
@@ -189,7 +191,7 @@ def _exchange(
         high = tl.zeros((WORDS,), tl.float32)
         for rank in tl.static_range(SIZE):
             if rank == RANK:
-                word = _own(x, at, mask, words, PARTS)
+                word = _own(x, at, mask, words, width, stride, PARTS)
             else:
                 word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
             if SUM:
@@ -228,7 +230,7 @@ def _sum_in_two(
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 mask = (at < share) & (rank * share + at < words)
-                word = _own(x, rank * share + at, mask, words, PARTS)
+                word = _own(x, rank * share + at, mask, words, words, words, PARTS)
                 send(boxes.addresses, rank, half + RANK * slot_words + at, word, epoch, mask)
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for begin in range(program * WORDS, share, step):
@@ -238,7 +240,7 @@ def _sum_in_two(
         high = tl.zeros((WORDS,), tl.float32)
         for rank in tl.static_range(SIZE):
             if rank == RANK:
-                word = _own(x, RANK * share + at, mask, words, PARTS)
+                word = _own(x, RANK * share + at, mask, words, words, words, PARTS)
             else:
                 word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
             low, high = with_word(low, high, word, WHOLE, ELEMENT)
@@ -269,6 +271,19 @@ def num_words(parts: torch.Tensor) -> int:
     return 0 if size % 4 else size // 4
 
 
+def row_words(parts: torch.Tensor) -> tuple[int, int] | None:
+    """(words of a row, words from one to the next) of `parts` [P, ...]; None where it is not in rows.
+    What is in one piece is one row."""
+    if parts.is_contiguous():
+        words = num_words(parts)
+        return words, words
+    size = parts.element_size()
+    if parts.dim() != 3 or parts.shape[0] != 1 or parts.stride(2) != 1:
+        return None
+    width, stride = parts.shape[2] * size, parts.stride(1) * size
+    return None if width % 4 or stride % 4 else (width // 4, stride // 4)
+
+
 def most_words(mailboxes: Mailboxes, *, sums: bool) -> int:
     """Of a tensor that is summed or gathered; either way a rank sends no more than for a gather."""
     return mailboxes.slot_words * mailboxes.size // 2 if sums else mailboxes.slot_words
@@ -288,11 +303,12 @@ def exchange_sum(parts: torch.Tensor, out: torch.Tensor, mailboxes: Mailboxes) -
     assert 0 < words <= most_words(mailboxes, sums=True), "such a sum does not fit"
     whole, element = parts.element_size() == 4, ELEMENTS[parts.dtype]
     if in_two_rounds(words, mailboxes):
-        share = cdiv(words, mailboxes.size)
-        _launch(_sum_in_two, parts, out, mailboxes, words, share, WHOLE=whole, ELEMENT=element)
+        numbers = (words, cdiv(words, mailboxes.size))
+        parts = parts.contiguous()
+        _launch(_sum_in_two, parts, out, mailboxes, numbers, WHOLE=whole, ELEMENT=element)
         return
     kind = {"SUM": True, "WHOLE": whole, "ELEMENT": element, "SPLIT": False}
-    _launch(_exchange, parts, out, mailboxes, words, 1, **kind)
+    _launch(_exchange, parts, out, mailboxes, (words, *_rows(parts), 1), **kind)
 
 
 def exchange_gather(parts: torch.Tensor, run: int, out: torch.Tensor, mailboxes: Mailboxes) -> None:
@@ -304,7 +320,13 @@ def exchange_gather(parts: torch.Tensor, run: int, out: torch.Tensor, mailboxes:
     split = run % per_word != 0
     run = run if split else run // per_word
     kind = {"SUM": False, "WHOLE": True, "ELEMENT": tl.float32, "SPLIT": split}
-    _launch(_exchange, parts, out, mailboxes, words, run, **kind)
+    _launch(_exchange, parts, out, mailboxes, (words, *_rows(parts), run), **kind)
+
+
+def _rows(parts: torch.Tensor) -> tuple[int, int]:
+    rows = row_words(parts)
+    assert rows is not None, "such parts do not travel"
+    return rows
 
 
 def _launch(
@@ -312,15 +334,13 @@ def _launch(
     parts: torch.Tensor,
     out: torch.Tensor,
     mailboxes: Mailboxes,
-    words: int,
-    portion: int,
+    numbers: tuple[int, ...],
     **kind: Any,
 ) -> None:
-    """`portion`: the kernel's argument after `words`."""
     launch(
         kernel,
         (PROGRAMS,),
-        (parts, out, words, portion),
+        (parts, out, *numbers),
         mailboxes.packed,
         PARTS=parts.shape[0],
         RANK=mailboxes.rank,

@@ -81,10 +81,24 @@ class MergedLinear:
         """Whether pool rows can be taken along in the base product."""
         return self._stacked is not None
 
+    row_sharers = 1
+    """Ranks among which the rows of A are dealt out."""
+
+    @property
+    def shrink_site(self) -> LoRASite | None:
+        """Where the A of this rank stands."""
+        return self.site
+
     def product_weight(self, rows: int) -> torch.Tensor:
-        """The weight with the first `rows` pool rows under it [N + S rows, K]."""
+        """The weight, and under it what this rank has of the first `rows` pool rows [N + S R', K]."""
         assert self._stacked is not None
-        return self._stacked[: self.out_features + self.num_slices * rows]
+        return self._stacked[: self.out_features + self.num_slices * (rows // self.row_sharers)]
+
+    def extended_product(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """x [T, K] -> [T, N + S R'] by `product_weight`: what the layer computes, and its A x."""
+        weight = self.product_weight(rows)
+        bias = None if self._stacked_bias is None else self._stacked_bias[: weight.shape[0]]
+        return linear(x, weight, bias)
 
     @property
     def pool_rows(self) -> int:
@@ -217,9 +231,7 @@ class MergedLinear:
     ) -> tuple[torch.Tensor, Expand]:
         width = self.out_features
         if lora.base_rows and self._stacked is not None:
-            end = width + self.num_slices * lora.base_rows
-            bias = None if self._stacked_bias is None else self._stacked_bias[:end]
-            z = linear(x, self._stacked[:end], bias)  # [T, N + S R']
+            z = self.extended_product(x, lora.base_rows)  # [T, N + S R']
             return z[:, :width], Expand(site, z[:, width:].unsqueeze(0), lora.work)
         parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
         h = x.new_empty(parts, x.shape[0], lora.columns * self.num_slices, dtype=torch.float32)

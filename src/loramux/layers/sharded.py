@@ -69,6 +69,14 @@ class ShardedLinear(MergedLinear):
             return super().outer_features
         return self.cuts[0].input.whole, sum(cut.output.whole for cut in self.cuts)
 
+    @property
+    def row_sharers(self) -> int:  # type: ignore[override]
+        return self.cuts[0].deal
+
+    @property
+    def shrink_site(self) -> LoRASite | None:
+        return self.dealt_site if self.cuts[0].deal > 1 else self.site
+
     def whole_features(self, index: int) -> tuple[int, int]:
         cut = self.cuts[index]
         return cut.input.whole, cut.output.whole
@@ -81,8 +89,7 @@ class ShardedLinear(MergedLinear):
         under_weight: bool = False,
         place_rows: int = ONE_PLACE,
     ) -> None:
-        """As `MergedLinear.attach_site`; with `fully_sharded_loras` A never stands under the weight,
-        because its product has to travel before it is expanded."""
+        """As `MergedLinear.attach_site`; what stands under the weight is this rank's part of A."""
         slices, device, cut = self.num_slices, self.device, self.cuts[0]
         padded = rows + -rows % ROW_STEP
         dealt = -(-padded // self._group.size)
@@ -94,12 +101,18 @@ class ShardedLinear(MergedLinear):
             super().attach_site(rows, dtype, under_weight=under_weight, place_rows=place_rows)
             return
         affine = empty_affine(padded, place_rows, self.out_features, dtype, device)
+        under = under_weight and self.takes_rows
         if cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
+            assert self.dealt_site is not None
+            if under:
+                self.dealt_site = replace(self.dealt_site, a=self._stack_under(dealt))
             site = empty_site(slices, padded, 0, tuple(self.starts), dtype, device)
             self.site = replace(site, affine=affine, place_rows=place_rows)
         else:  # row: A [1, R, in'], B [R, out']
             own = (0, cut.b_output.size)
             self.site = empty_site(slices, padded, self.in_features, own, dtype, device)
+            if under:
+                self.site = replace(self.site, a=self._stack_under(padded))
             no_rows = self.site.b.new_zeros(self.out_features).expand(padded, -1)  # [R, out]
             self._affine_site = LoRASite(
                 a=self.site.a,
@@ -127,7 +140,8 @@ class ShardedLinear(MergedLinear):
         if self.kind == "row":
             if expand is not None:
                 lora_expand(y, expand)
-            return self._group.all_reduce(y), self._affine(lora)
+            y = self._group.all_reduce(y)
+            return y[:, : self.out_features], self._affine(lora)
         if self._outside:
             if expand is not None:
                 lora_expand(y, expand)
@@ -141,9 +155,7 @@ class ShardedLinear(MergedLinear):
         self.computations += 1
         width = self.out_features
         if lora.base_rows and self._stacked is not None:
-            end = width + lora.base_rows
-            bias = None if self._stacked_bias is None else self._stacked_bias[:end]
-            z = linear(x, self._stacked[:end], bias)  # [T, N + R']
+            z = self.extended_product(x, lora.base_rows)  # [T, N + R']
             h = z[:, width:].unsqueeze(0)  # [1, T, R']
         else:
             parts = shrink_parts(x.shape[0], self.in_features, lora.work.max_chunks)
@@ -161,26 +173,32 @@ class ShardedLinear(MergedLinear):
     def _project_fully(
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
     ) -> tuple[torch.Tensor, Expand | None]:
+        """y [T, N'], of a row layer with the delta of its own columns in it."""
         self.computations += 1
+        width = self.out_features
+        if lora.base_rows and self._stacked is not None:
+            z = self.extended_product(x, lora.base_rows)  # [T, N' + S R']
+            parts = z[:, width:].unsqueeze(0)  # [1, T, S R']
+        else:
+            z, parts = None, self._shrink_own(x, site, lora)  # [P, T, W']
         if self.kind == "column":
-            h = self._shrink_dealt(x, lora)  # [T, W]
-            return self._base(x), Expand(site, h.unsqueeze(0), lora.work)
+            h = self._group.gather_runs(parts, self.num_slices)  # [T, W]: row k from rank k % N
+            y = self._base(x) if z is None else z[:, :width]
+            return y, Expand(site, h.unsqueeze(0), lora.work)
         assert lora.deltas is not None
-        h = self._group.sum_parts(self._shrink(x, site, lora.work, lora.width))  # [T, W]
-        y = self._base(x)  # [T, N]
+        h = self._group.sum_parts(parts)  # [T, W]
+        y = self._base(x) if z is None else z  # [T, N] or [T, N + R']
         part = y[:, self.cuts[0].b_output.slice]  # [T, out']
         lora_expand(part, Expand(site, h.unsqueeze(0), lora.deltas))
         return y, None
 
-    def _shrink_dealt(self, x: torch.Tensor, lora: LoRAStep) -> torch.Tensor:
-        """x [T, K] -> [T, W] of all ranks: rank row k comes from rank k % N."""
+    def _shrink_own(self, x: torch.Tensor, site: LoRASite, lora: LoRAStep) -> torch.Tensor:
+        """x [T, K'] -> [P, T, W'], what this rank makes of A x by a kernel."""
+        if self.kind == "row":
+            return self._shrink(x, site, lora.work, lora.columns)
         assert self.dealt_site is not None and lora.dealt is not None
-        parts = self._shrink(x, self.dealt_site, lora.dealt, self._dealt_width(lora))  # [P, T, W']
-        return self._group.gather_runs(parts, self.num_slices)  # [T, W]
-
-    def _dealt_width(self, lora: LoRAStep) -> int:
-        """Columns of a slice on one rank."""
-        return -(-lora.width // self.cuts[0].deal)
+        width = -(-lora.columns // self.cuts[0].deal)
+        return self._shrink(x, self.dealt_site, lora.dealt, width)
 
     def _affine(self, lora: LoRAStep | None) -> Expand | None:
         """Gains and shifts behind the sum over all ranks, where the deltas are in it already."""

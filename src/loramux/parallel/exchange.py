@@ -25,6 +25,7 @@ from loramux.kernels.triton_exchange import (
     exchange_sum,
     most_words,
     num_words,
+    row_words,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Exchange:
         several = parts.shape[0] > 1
         if (sums or several) and parts.dtype not in ([torch.float32] if several else ELEMENTS):
             return False
-        words = num_words(parts) if parts.is_contiguous() else 0
+        words = 0 if row_words(parts) is None else num_words(parts)
         return 0 < words <= most_words(self._mailboxes, sums=sums)
 
     @property

@@ -55,7 +55,7 @@ class Group:
         """`parts` [P, ...], which are lost -> [...], the sum over P and all ranks."""
         if self.size == 1 or not parts.numel():
             return parts[0] if parts.shape[0] == 1 else parts.sum(0)
-        return self._sum(parts.contiguous())
+        return self._sum(parts)
 
     def sum_and_expand(
         self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList
@@ -82,7 +82,7 @@ class Group:
             return parts.sum(0) if parts.shape[0] > 1 else parts[0]
         if not parts.numel():
             return parts.new_empty(tokens, self.size * width)
-        return self._gather(parts.contiguous(), run).view(tokens, self.size * width)
+        return self._gather(parts, run).view(tokens, self.size * width)
 
     def gather_columns(self, tensor: torch.Tensor, columns: Stripe) -> torch.Tensor:
         """[T, columns] -> [T, columns.whole], where the ranks' parts are those of `stripe`."""
@@ -141,21 +141,24 @@ class Group:
         self._group = None  # what it still has to ask the store it asks now
 
     def _sum(self, parts: torch.Tensor) -> torch.Tensor:
-        """Contiguous `parts` [P, ...] -> [...], summed over P and all ranks; a single part in place, and
+        """`parts` [P, ...] -> [...], summed over P and all ranks; a single contiguous part in place, and
         several are lost."""
         self.entered += 1
         if self.exchange is not None and self.exchange.takes(parts, sums=True):
-            return self.exchange.sum(parts, parts[0])
+            own = parts.is_contiguous()
+            return self.exchange.sum(parts, parts[0] if own else parts.new_empty(parts.shape[1:]))
+        parts = parts.contiguous()
         tensor = parts.sum(0) if parts.shape[0] > 1 else parts[0]  # [...]
         moved = self._there(tensor)
         _wait(self._group.allreduce([moved], _options("AllreduceOptions")))
         return self._back(moved, tensor)
 
     def _gather(self, parts: torch.Tensor, run: int) -> torch.Tensor:
-        """Contiguous `parts` [P, ...], summed over P -> [M, size, run] of M runs of each rank."""
+        """`parts` [P, ...], summed over P -> [M, size, run] of M runs of each rank."""
         self.entered += 1
         if self.exchange is not None and self.exchange.takes(parts, sums=False):
             return self.exchange.gather(parts, run)
+        parts = parts.contiguous()
         mine = self._there(parts.sum(0) if parts.shape[0] > 1 else parts[0])  # [...]
         of_all = mine.new_empty(self.size * mine.numel())  # [size * ...]
         _wait(self._group._allgather_base(of_all, mine.view(-1), _options("AllgatherOptions")))
