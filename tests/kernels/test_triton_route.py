@@ -101,7 +101,7 @@ def test_keys_that_32_bits_do_not_hold_are_sorted(
 ) -> None:
     step = make_step(20)
     radix = len(step.work.member_rows) + 1
-    monkeypatch.setattr(triton_route, "_rank", None)
+    monkeypatch.setattr(triton_route, "_counted", None)
     with pytest.raises(TypeError):
         check(triton_route.route, choose(20, 2, 6), 6, step, device)
     monkeypatch.setattr(triton_route, "LARGEST_KEY", 7 * radix - 1)

@@ -173,7 +173,8 @@ class ShardedLinear(MergedLinear):
     def _project_fully(
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
     ) -> tuple[torch.Tensor, Expand | None]:
-        """y [T, N'], of a row layer with the delta of its own columns in it."""
+        """y [T, N'], of a row layer with the delta of its own columns in it, and maybe columns behind it
+        that are to be left out of what the ranks' sum gives."""
         self.computations += 1
         width = self.out_features
         if lora.base_rows and self._stacked is not None:
