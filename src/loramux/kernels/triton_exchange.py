@@ -271,17 +271,17 @@ def num_words(parts: torch.Tensor) -> int:
     return 0 if size % 4 else size // 4
 
 
-def row_words(parts: torch.Tensor) -> tuple[int, int] | None:
-    """(words of a row, words from one to the next) of `parts` [P, ...]; None where it is not in rows.
-    What is in one piece is one row."""
+def words_of(parts: torch.Tensor) -> tuple[int, int, int]:
+    """(words of one of `parts` [P, ...], words of a row of it, words from one to the next): zeros where
+    these do not travel. What is in one piece is one row."""
+    words = num_words(parts)
     if parts.is_contiguous():
-        words = num_words(parts)
-        return words, words
+        return words, words, words
     size = parts.element_size()
     if parts.dim() != 3 or parts.shape[0] != 1 or parts.stride(2) != 1:
-        return None
+        return 0, 0, 0
     width, stride = parts.shape[2] * size, parts.stride(1) * size
-    return None if width % 4 or stride % 4 else (width // 4, stride // 4)
+    return (0, 0, 0) if width % 4 or stride % 4 else (words, width // 4, stride // 4)
 
 
 def most_words(mailboxes: Mailboxes, *, sums: bool) -> int:
@@ -299,7 +299,7 @@ def in_two_rounds(words: int, mailboxes: Mailboxes) -> bool:
 def exchange_sum(parts: torch.Tensor, out: torch.Tensor, mailboxes: Mailboxes) -> None:
     """out [...] = `parts` [P, ...] of all ranks, summed in float32. P is 1 unless they are float32;
     `out` may be what a single part is."""
-    words = num_words(parts)
+    words, *rows = words_of(parts)
     assert 0 < words <= most_words(mailboxes, sums=True), "such a sum does not fit"
     whole, element = parts.element_size() == 4, ELEMENTS[parts.dtype]
     if in_two_rounds(words, mailboxes):
@@ -308,25 +308,19 @@ def exchange_sum(parts: torch.Tensor, out: torch.Tensor, mailboxes: Mailboxes) -
         _launch(_sum_in_two, parts, out, mailboxes, numbers, WHOLE=whole, ELEMENT=element)
         return
     kind = {"SUM": True, "WHOLE": whole, "ELEMENT": element, "SPLIT": False}
-    _launch(_exchange, parts, out, mailboxes, (words, *_rows(parts), 1), **kind)
+    _launch(_exchange, parts, out, mailboxes, (words, *rows, 1), **kind)
 
 
 def exchange_gather(parts: torch.Tensor, run: int, out: torch.Tensor, mailboxes: Mailboxes) -> None:
     """out [M, N, run] = of each rank `parts` [P, M * run], summed over P in float32; P is 1 unless
     they are float32."""
-    words = num_words(parts)
+    words, *rows = words_of(parts)
     assert 0 < words <= mailboxes.slot_words, "such a gather does not fit"
     per_word = 4 // parts.element_size()
     split = run % per_word != 0
     run = run if split else run // per_word
     kind = {"SUM": False, "WHOLE": True, "ELEMENT": tl.float32, "SPLIT": split}
-    _launch(_exchange, parts, out, mailboxes, (words, *_rows(parts), run), **kind)
-
-
-def _rows(parts: torch.Tensor) -> tuple[int, int]:
-    rows = row_words(parts)
-    assert rows is not None, "such parts do not travel"
-    return rows
+    _launch(_exchange, parts, out, mailboxes, (words, *rows, run), **kind)
 
 
 def _launch(

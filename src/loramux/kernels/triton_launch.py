@@ -21,13 +21,14 @@ tell at least as much apart; facts of what stays, or stays for a step, are found
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+Tensor = torch.Tensor  # looked up in every launch
 
 CAPABILITY = (9, 0)
 """From here on GPUs can launch kernels early."""
@@ -61,8 +62,7 @@ def next_power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """An argument of a kernel, and its facts."""
 
     value: Any
@@ -85,16 +85,19 @@ def facts_of(values: Iterable[Any]) -> tuple[Any, ...]:
     """All that Triton compiles different code for: the type of each value, of a pointer and of an
     integer whether 16 divides it, and which integers are 1."""
     facts: list[Any] = []
+    add = facts.append
     for value in values:
-        if isinstance(value, torch.Tensor):
-            facts += (value.dtype, value.data_ptr() & 15)
-        elif type(value) is int:
+        kind = type(value)
+        if kind is int:
             large = not -_LARGE <= value < _LARGE
-            facts.append((large, value & 15) if large else 1 if value == 1 else 2 * (value & 15))
+            add((large, value & 15) if large else 1 if value == 1 else 2 * (value & 15))
+        elif isinstance(value, Tensor):
+            add(value.dtype)
+            add(value.data_ptr() & 15)
         elif isinstance(value, tuple):
-            facts.append(facts_of(value))
+            add(facts_of(value))
         else:
-            facts.append(type(value))
+            add(kind)
     return tuple(facts)
 
 
@@ -106,10 +109,11 @@ def launch(
     **constants: Any,
 ) -> None:
     """Launch a Triton kernel on the device of its first argument, a tensor. `arguments`: all before its
-    constants, but the last if `known` is that. `constants`: all but EARLY, and Triton's options."""
+    constants, but the last if `known` is that. `constants`: all but EARLY, and Triton's options; of one
+    kernel always in one order."""
     device = arguments[0].get_device()
     key = (
-        id(kernel), device, *constants, *constants.values(), facts_of(arguments),
+        id(kernel), device, *constants.values(), facts_of(arguments),
         None if known is None else known.facts,
     )  # fmt: skip
     if known is not ABSENT:

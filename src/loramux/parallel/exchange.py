@@ -24,8 +24,7 @@ from loramux.kernels.triton_exchange import (
     exchange_gather,
     exchange_sum,
     most_words,
-    num_words,
-    row_words,
+    words_of,
 )
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ class Exchange:
         several = parts.shape[0] > 1
         if (sums or several) and parts.dtype not in ([torch.float32] if several else ELEMENTS):
             return False
-        words = 0 if row_words(parts) is None else num_words(parts)
-        return 0 < words <= most_words(self._mailboxes, sums=sums)
+        return 0 < words_of(parts)[0] <= most_words(self._mailboxes, sums=sums)
 
     @property
     def most_words(self) -> int:
