@@ -54,7 +54,7 @@ class EngineConfig(BaseModel):
 
     disable_custom_all_reduce: bool = False
     """With several GPUs: let NCCL carry everything. Otherwise they write small tensors into each other's
-    memory, where they can, which takes a third to half of the time."""
+    memory, where they can, which takes a quarter to half of the time."""
 
     seed: int = 0
     """Seed of the requests that bring none."""
