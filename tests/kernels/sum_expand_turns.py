@@ -9,23 +9,13 @@ from typing import Any
 
 import torch
 from exchange_ranks import mailboxes, set_small
-from work_lists import Case, Span, in_float64, make_case, site_to, work_to
+from work_lists import RANKS, SPANS, TOKENS, Case, in_float64, make_case, site_to, work_to
 
 from loramux.kernels import Expand, WorkList, reference
 from loramux.parallel.exchange import Exchange
 
 BF16, F16 = torch.bfloat16, torch.float16
-RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
-# Rows 0 and 29 are in no chunk.
-SPANS: list[Span] = [
-    (1, 3, []),
-    (3, 4, [2]),
-    (4, 6, [5, 18]),
-    (6, 25, [9]),
-    (25, 28, [64, 36, 2]),
-    (28, 29, []),
-]
-TOKENS, SLOT_WORDS = 30, 4096
+SLOT_WORDS = 6144
 TURNS = [(BF16, 8, 96), (F16, 16, 128), (BF16, 16, 32), (F16, 8, 32), (BF16, 8, 96)]
 """Type, rows of a chunk, and columns of the product."""
 
@@ -71,9 +61,9 @@ def expected(turn: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def found(exchange: Exchange, turn: int, rank: int, device: str) -> torch.Tensor:
     case = case_of(turn)
     site, work = site_to(case.site, device), work_to(case.work, device)
-    z, width = own(case, turn, rank).to(device), case.site.slice_starts[-1]
-    assert exchange.takes_delta(z, width, site, work)
-    return exchange.sum_and_expand(z, width, site, work)
+    z = own(case, turn, rank).to(device)
+    assert exchange.takes_delta(z, site, work)
+    return exchange.sum_and_expand(z, site, work)
 
 
 def take_turns(rank: int, memory: torch.Tensor) -> list[Any]:

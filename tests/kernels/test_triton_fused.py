@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DTYPES, NAN, STEP, assert_close, int32, strided
-from work_lists import Case, Span, expand_to, for_twins, in_float64, make_case, strided_to
+from work_lists import RANKS, Case, Span, expand_to, for_twins, in_float64, make_case, strided_to
 
 from loramux.kernels import Activation, NormMode, reference
 
@@ -24,7 +24,6 @@ pytestmark = [
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES: tuple[NormMode, ...] = ("llama", "plain", "gemma")
-RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
 # Rows 0 and 27 to 29 are in no chunk: what becomes of them is nobody's business.
 SPANS: list[Span] = [(1, 3, []), (3, 4, [2]), (4, 22, [5, 18]), (22, 24, [36, 64, 9]), (24, 27, [])]
 TOKENS = 30

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import DTYPES, assert_close, lora_oracle, poisoned, strided
-from work_lists import Span, expand_to, in_float64, make_case, strided_to
+from work_lists import RANKS, SPANS, TOKENS, expand_to, in_float64, make_case, strided_to
 
 from loramux.kernels import Expand, reference, shrink_parts
 
@@ -18,17 +18,6 @@ triton_shrink = pytest.importorskip("loramux.kernels.triton_shrink")
 pytestmark = pytest.mark.usefixtures("_grids")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
-# Base rows between the adapters' and in front of them; rows 0 and 44 to 46 are in no chunk.
-SPANS: list[Span] = [
-    (1, 3, []),
-    (3, 4, [2]),
-    (4, 6, [5, 18]),
-    (6, 25, [9]),
-    (25, 28, [64, 36, 2]),
-    (28, 44, []),
-]
-TOKENS = 47
 
 
 @pytest.fixture

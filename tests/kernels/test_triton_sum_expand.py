@@ -60,8 +60,8 @@ def test_what_is_taken() -> None:
     case = case_of(0)
     z, site, work = own(case, 0, 0), case.site, case.work
 
-    def takes(z: torch.Tensor = z, width: int = 96, **changes: Any) -> bool:
-        return exchange.takes_delta(z, width, site, replace(work, **changes))
+    def takes(z: torch.Tensor = z, **changes: Any) -> bool:
+        return exchange.takes_delta(z, site, replace(work, **changes))
 
     assert takes()
     assert not takes(affine=True)
@@ -70,6 +70,7 @@ def test_what_is_taken() -> None:
     assert not takes(z[:, :-1].contiguous())  # half a word
     assert not takes(z[:, :-2])  # not in one piece
     assert not takes(z.repeat(5, 1))  # more than a slot holds
-    assert not takes(width=95)
+    narrow = replace(site, b=site.b[:, :90].contiguous(), slice_starts=(0, 90), affine=None)
+    assert not exchange.takes_delta(z, narrow, work)  # no tile is wide enough
     wide = replace(site, a=site.a.float(), b=site.b.float(), affine=site.affine.float())
-    assert not exchange.takes_delta(z, 96, wide, work)
+    assert not exchange.takes_delta(z, wide, work)

@@ -15,6 +15,18 @@ from loramux.kernels import AFFINE, Expand, LoRASite, Segments, WorkList
 Span = tuple[int, int, list[int]]
 """First row, end row, first pool rows of the members (none: base rows)."""
 
+RANKS = [(2, 1), (5, 3), (9, 8), (18, 16), (36, 24), (64, 64)]
+# Base rows between the adapters' and in front of them; rows 0 and 44 to 46 are in no chunk.
+SPANS: list[Span] = [
+    (1, 3, []),
+    (3, 4, [2]),
+    (4, 6, [5, 18]),
+    (6, 25, [9]),
+    (25, 28, [64, 36, 2]),
+    (28, 44, []),
+]
+TOKENS = 47
+
 
 @dataclass(frozen=True)
 class Case:

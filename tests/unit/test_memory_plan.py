@@ -281,6 +281,23 @@ def test_bodies_are_counted_as_they_are_captured() -> None:
         assert len(set(keys)) == num_graphs(config, LLAMA)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_loras, max_lora_rank", [(1, 1), (3, 7), (5, 16), (8, 64)])
+def test_ranks_that_share_rows_have_whole_steps_of_them(
+    ranks: int, max_loras: int, max_lora_rank: int
+) -> None:
+    """Products over a rank's part stay aligned, and their graphs are counted."""
+    lora = LoRAConfig(max_loras=max_loras, max_lora_rank=max_lora_rank, fully_sharded_loras=True)
+    rows = pool_rows(lora, ranks)
+    buckets = row_buckets(rows, ranks)
+    assert rows >= max_loras * -(-max_lora_rank // ranks) * ranks
+    assert buckets[-1] == rows and all(bucket % (16 * ranks) == 0 for bucket in buckets)
+    config = resolve(_config(cudagraph_capture_sizes=[1, 8], lora=lora), LLAMA)
+    most, facts = config.max_num_seqs, replace(LLAMA, row_granule=ranks)
+    keys = graph_keys([1, 8], [0, *buckets], [], sequences=most, outer=False)
+    assert len(set(keys)) == num_graphs(config, facts)
+
+
 def test_fewer_rows_of_vocabularies_are_advised() -> None:
     lora = LoRAConfig(max_loras=8, max_lora_vocabulary_rows=128_256)
     config = resolve(_config(lora=lora), LLAMA)

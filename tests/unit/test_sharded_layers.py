@@ -144,13 +144,12 @@ class _TwinExchange:
     def takes(self, parts: torch.Tensor, *, sums: bool) -> bool:
         return False
 
-    def takes_delta(self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList) -> bool:
+    def takes_delta(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
         return True
 
-    def sum_and_expand(
-        self, z: torch.Tensor, width: int, site: LoRASite, work: WorkList
-    ) -> torch.Tensor:
+    def sum_and_expand(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> torch.Tensor:
         self.calls += 1
+        width = site.slice_starts[-1]
         z = self._group.all_reduce(z)
         lora_expand(z[:, :width], Expand(site, z[:, width:].unsqueeze(0), work))
         return z[:, :width]

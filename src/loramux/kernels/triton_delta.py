@@ -360,10 +360,9 @@ def tile_delta(
 
 
 @cache
-def tile_columns(slice_starts: tuple[int, ...]) -> int:
-    """Width of the tiles of an expand, none of which lies in two slices: so it divides all their
-    bounds. 0: there is no such width, take the general way."""
-    width = COLUMNS
+def tile_columns(slice_starts: tuple[int, ...], width: int = COLUMNS) -> int:
+    """Width of the tiles of an expand, `width` at most, none of which lies in two slices: so it divides
+    all their bounds. 0: there is no such width, take the general way."""
     while width >= 16 and any(start % width for start in slice_starts):
         width //= 2
     return width if width >= 16 else 0

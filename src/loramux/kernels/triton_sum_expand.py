@@ -25,6 +25,7 @@ from loramux.kernels.triton_delta import (
     product,
     rank_and_factor,
     rounded,
+    tile_columns,
 )
 from loramux.kernels.triton_exchange import (
     ELEMENTS,
@@ -49,9 +50,27 @@ LEAST_COLUMNS = 32
 
 
 @triton.jit
-def _h_at(rows, row_words, WIDTH: tl.constexpr, column, ranks):
-    """The words with h at `ranks` of a member, most of them twice, since they hold two: [ROWS, 16]."""
-    return rows[:, None] * row_words + (WIDTH + column + ranks)[None, :] // 2
+def _item(lora, item, TILES: tl.constexpr, COLS: tl.constexpr):
+    """The chunk of an item of the work, and the places of its tile's words in a row [COLS / 2]."""
+    places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
+    return chunk_of(lora, item // TILES), places
+
+
+@triton.jit
+def _rows_from(first, end, row_words, places, ROWS: tl.constexpr):
+    """Of ROWS rows from `first` on, which there are up to `end`: the rows, the words at `places` of each
+    [ROWS, COLS / 2], and which of these there are."""
+    rows = first + tl.arange(0, ROWS)
+    at = rows[:, None] * row_words + places[None, :]
+    return rows, at, (rows < end)[:, None] & (places >= 0)[None, :]
+
+
+@triton.jit
+def _h_at(rows, end, row_words, WIDTH: tl.constexpr, column, ranks, bound):
+    """The words with h at `ranks` of a member, most of them twice, since they hold two [ROWS, 16]; and
+    which of these there are, up to rank `bound`."""
+    at = rows[:, None] * row_words + (WIDTH + column + ranks)[None, :] // 2
+    return at, (rows < end)[:, None] & (ranks < bound)[None, :]
 
 
 @triton.jit
@@ -105,32 +124,26 @@ def _sum_and_expand(
     half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
     slot = half + RANK * boxes.slot_words
     for item in range(program, end, tl.num_programs(0)):
-        chunk = chunk_of(lora, item // TILES)
-        places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
+        chunk, places = _item(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
-            rows = first + tl.arange(0, ROWS)
-            live = (rows < chunk[1])[:, None]
-            at = rows[:, None] * row_words + places[None, :]
-            _send_to_all(z, at, live & (places >= 0)[None, :], boxes, slot, epoch, RANK, SIZE)
+            rows, at, mask = _rows_from(first, chunk[1], row_words, places, ROWS)
+            _send_to_all(z, at, mask, boxes, slot, epoch, RANK, SIZE)
             p, column, bound = chunk[4], chunk[5], chunk[7]
             for member in range(chunk[2], chunk[3]):
                 for k in range(0, bound, 16):
-                    h_at = _h_at(rows, row_words, WIDTH, column, k + ranks)
-                    h_mask = live & (k + ranks < bound)[None, :]
+                    h_at, h_mask = _h_at(
+                        rows, chunk[1], row_words, WIDTH, column, k + ranks, bound
+                    )  # fmt: skip
                     _send_to_all(z, h_at, h_mask, boxes, slot, epoch, RANK, SIZE)
                 p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for item in range(program, end, tl.num_programs(0)):
-        chunk = chunk_of(lora, item // TILES)
-        places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
+        chunk, places = _item(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
-            rows = first + tl.arange(0, ROWS)
-            live = (rows < chunk[1])[:, None]
+            rows, at, mask = _rows_from(first, chunk[1], row_words, places, ROWS)
             p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
             r, factor = rank_and_factor(lora, 0, p, scale, bound)
             b_word = _b_words(b, p, ranks, bound, places, WIDTH)  # before anybody is waited for
-            at = rows[:, None] * row_words + places[None, :]
-            mask = live & (places >= 0)[None, :]
             low, high = _sums(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
             delta_low = tl.zeros((COLS // 2, ROWS), tl.float32)
             delta_high = tl.zeros((COLS // 2, ROWS), tl.float32)
@@ -138,8 +151,9 @@ def _sum_and_expand(
                 for k in range(0, bound, 16):
                     if k > 0:
                         b_word = _b_words(b, p, k + ranks, bound, places, WIDTH)
-                    h_at = _h_at(rows, row_words, WIDTH, column, k + ranks)
-                    h_mask = live & (k + ranks < bound)[None, :]
+                    h_at, h_mask = _h_at(
+                        rows, chunk[1], row_words, WIDTH, column, k + ranks, bound
+                    )  # fmt: skip
                     one, two = _sums(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
                     h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
                     h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, 16]
@@ -157,28 +171,26 @@ def _sum_and_expand(
     tl.store(boxes.epochs + program, epoch)
 
 
-def takes(
-    z: torch.Tensor, width: int, site: LoRASite, work: WorkList, mailboxes: Mailboxes
-) -> bool:
+def takes(z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailboxes) -> bool:
     """Whether `sum_and_expand` can and should: for steps that graphs capture, in one round, whose
     shrunk activations are a product's and whose adapters have no gains and shifts."""
     small = work.rows_per_chunk <= LARGE_CHUNK and site.num_slices == site.experts == 1
     plain = not work.affine and site.b.dtype == z.dtype and site.b.is_contiguous()
     fits = z.element_size() == 2 and z.dtype in ELEMENTS and z.is_contiguous()
-    if not (small and plain and fits) or width % LEAST_COLUMNS or z.shape[1] % 2:
+    if not (small and plain and fits) or z.shape[1] % 2:
+        return False
+    if tile_columns(site.slice_starts, COLUMNS) < LEAST_COLUMNS:
         return False
     words = num_words(z.unsqueeze(0))
     return 0 < words <= mailboxes.slot_words and not in_two_rounds(words, mailboxes)
 
 
 def sum_and_expand(
-    z: torch.Tensor, width: int, site: LoRASite, work: WorkList, mailboxes: Mailboxes
+    z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailboxes
 ) -> torch.Tensor:
-    """z [T, width + W] of all ranks, which is lost -> [T, width]: the sums of its first columns, with
-    the delta of the sums of the others, which are an `Expand`'s h. Of rows in no chunk anything."""
-    columns = COLUMNS
-    while width % columns:
-        columns //= 2
+    """z [T, N + W] of all ranks, which is lost -> [T, N]: the sums of its first columns, with the delta
+    of the sums of the others, which are an `Expand`'s h. Of rows in no chunk anything."""
+    width = site.slice_starts[-1]
     launch(
         _sum_and_expand,
         (triton_exchange.PROGRAMS,),
@@ -189,7 +201,7 @@ def sum_and_expand(
         WIDTH=width,
         ELEMENT=ELEMENTS[z.dtype],
         ROWS=ROWS,
-        COLS=columns,
+        COLS=tile_columns(site.slice_starts, COLUMNS),
         num_warps=WARPS,
     )
     return z[:, :width]

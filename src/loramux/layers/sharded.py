@@ -94,14 +94,14 @@ class ShardedLinear(MergedLinear):
         padded = rows + -rows % ROW_STEP
         dealt = -(-padded // self._group.size)
         nothing = (0,) * (slices + 1)
-        features = self.in_features if cut.deal > 1 else 0
+        under = under_weight and self.takes_rows
+        features = self.in_features if cut.deal > 1 and not under else 0
         if self._deals:
             self.dealt_site = empty_site(slices, dealt, features, nothing, dtype, device)
         if not self._fully:
             super().attach_site(rows, dtype, under_weight=under_weight, place_rows=place_rows)
             return
         affine = empty_affine(padded, place_rows, self.out_features, dtype, device)
-        under = under_weight and self.takes_rows
         if cut.deal > 1:  # column: A [S, R/N, in] stands apart from B [R, out']
             assert self.dealt_site is not None
             if under:
@@ -110,7 +110,8 @@ class ShardedLinear(MergedLinear):
             self.site = replace(site, affine=affine, place_rows=place_rows)
         else:  # row: A [1, R, in'], B [R, out']
             own = (0, cut.b_output.size)
-            self.site = empty_site(slices, padded, self.in_features, own, dtype, device)
+            features = 0 if under else self.in_features
+            self.site = empty_site(slices, padded, features, own, dtype, device)
             if under:
                 self.site = replace(self.site, a=self._stack_under(padded))
             no_rows = self.site.b.new_zeros(self.out_features).expand(padded, -1)  # [R, out]
@@ -164,7 +165,7 @@ class ShardedLinear(MergedLinear):
             h = z[:, width:].unflatten(1, (parts, columns)).transpose(0, 1)  # [P, T, W]
             self._shrink_beside(x, lora, site, h, z[:, :width])
         if h.shape[0] == 1:
-            y = self._group.sum_and_expand(z, width, site, lora.work)
+            y = self._group.sum_and_expand(z, site, lora.work)
             if y is not None:
                 return y, None  # [T, N]
         z = self._group.all_reduce(z)  # the same shape
