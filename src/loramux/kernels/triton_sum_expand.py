@@ -42,7 +42,7 @@ from loramux.kernels.triton_exchange import (
 )
 from loramux.kernels.triton_launch import launch, wait
 
-ROWS, COLUMNS, WARPS = 8, 256, 8
+ROWS, COLUMNS = 8, 256
 """Of a tile; 64 rows of 4096 columns are as many tiles as an exchange has programs."""
 
 LEAST_COLUMNS = 32
@@ -202,6 +202,6 @@ def sum_and_expand(
         ELEMENT=ELEMENTS[z.dtype],
         ROWS=ROWS,
         COLS=tile_columns(site.slice_starts, COLUMNS),
-        num_warps=WARPS,
+        num_warps=triton_exchange.WARPS,
     )
     return z[:, :width]
