@@ -53,34 +53,42 @@ class Row:
     gather_us: float | None
 
 
-def measure(settings: Settings, tell: Callable[[Row], None]) -> None:
+Rows = Callable[[Any, Group, torch.device], Iterator[Any]]
+"""Measures rows, dataclasses, together with the other ranks."""
+
+
+def measure(settings: Settings, rows: Rows, tell: Callable[[Any], None]) -> None:
     """Tell each row as it is measured, on this process and `ranks - 1` more."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder:
         store = str(Path(folder) / "store")
         others = [
-            context.Process(target=_be_rank, args=(settings, rank, store), daemon=True)
+            context.Process(target=_be_rank, args=(settings, rank, store, rows), daemon=True)
             for rank in range(1, settings.ranks)
         ]
         for process in others:
             process.start()
-        _be_rank(settings, 0, store, tell)
+        _be_rank(settings, 0, store, rows, tell)
         for process in others:
             process.join()
 
 
 def _be_rank(
-    settings: Settings, rank: int, store: str, tell: Callable[[Row], None] | None = None
+    settings: Settings, rank: int, store: str, rows: Rows, tell: Callable[[Any], None] | None = None
 ) -> None:
     on_gpu = settings.device == "cuda"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     group = join(store, rank, settings.ranks, device, shared=False)
     with torch.inference_mode():
-        for kilobytes in settings.kilobytes:
-            row = _row(settings, group, kilobytes, device)
+        for row in rows(settings, group, device):
             if tell is not None:
                 tell(row)
     group.close()
+
+
+def rows_of_sizes(settings: Settings, group: Group, device: torch.device) -> Iterator[Row]:
+    for kilobytes in settings.kilobytes:
+        yield _row(settings, group, kilobytes, device)
 
 
 def _row(settings: Settings, group: Group, kilobytes: int, device: torch.device) -> Row:
@@ -92,16 +100,16 @@ def _row(settings: Settings, group: Group, kilobytes: int, device: torch.device)
         if mailboxes is None or not mailboxes.takes(tensor, sums=True):
             return None
         with _in_rounds(rounds):
-            return _microseconds(settings, group, lambda: group.sum_parts(tensor))
+            return microseconds(settings, group, lambda: group.sum_parts(tensor))
 
     def gathers() -> float:
-        return _microseconds(settings, group, lambda: group.gather_runs(tensor[:, None], 512))
+        return microseconds(settings, group, lambda: group.gather_runs(tensor[:, None], 512))
 
     takes = mailboxes is not None and mailboxes.takes(tensor, sums=False)
     one, two, gather = sums(1), sums(2), gathers() if takes else None
     group.exchange = None
     try:
-        nccl = _microseconds(settings, group, lambda: group.sum_parts(tensor))
+        nccl = microseconds(settings, group, lambda: group.sum_parts(tensor))
         return Row(kilobytes, nccl, one, two, gathers(), gather)
     finally:
         group.exchange = mailboxes
@@ -119,15 +127,16 @@ def _in_rounds(rounds: int) -> Iterator[None]:
         triton_exchange.ROUND_BYTES = before
 
 
-def _microseconds(settings: Settings, group: Group, call: Callable[[], Any]) -> float:
+def microseconds(settings: Settings, group: Group, call: Callable[[], Any]) -> float:
+    """Of one `call`, which all ranks make."""
     for _ in range(WARM_UP):
         call()
-    run = _graph(settings, call)
+    run = graph_of(settings, call)
     group.beside.all_reduce(torch.zeros(1))  # all begin together
     return round(statistics.median(run()) / settings.calls, 2)
 
 
-def _graph(settings: Settings, call: Callable[[], Any]) -> Callable[[], list[float]]:
+def graph_of(settings: Settings, call: Callable[[], Any]) -> Callable[[], list[float]]:
     """What runs `call` so many times, again and again, and says how many microseconds each took."""
     if settings.device != "cuda":
         return lambda: [_clocked(settings, call) for _ in range(settings.repeats)]
@@ -160,30 +169,50 @@ def _clocked(settings: Settings, call: Callable[[], Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python bench/collectives.py")
+    parser.add_argument("--kilobytes", type=int, nargs="+", default=list(KILOBYTES))
+    return sit(
+        parser,
+        argv,
+        "collectives",
+        rows_of_sizes,
+        Row,
+        lambda options, ranks: Settings(ranks, options.device, tuple(options.kilobytes)),
+    )
+
+
+def sit(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    name: str,
+    rows: Rows,
+    kind: type,
+    settings_of: Callable[[argparse.Namespace, int], Settings],
+) -> int:
+    """Measure `rows` of that `kind` as the command line says, keep them and show them. `settings_of`
+    its options and the number of ranks."""
     parser.add_argument("--ranks", type=int, help="default: all GPUs, or 2 on a CPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--kilobytes", type=int, nargs="+", default=list(KILOBYTES))
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     given = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(given)
     gpus = torch.cuda.device_count() if options.device == "cuda" else 2
-    settings = Settings(options.ranks or gpus, options.device, tuple(options.kilobytes))
+    settings = settings_of(options, options.ranks or gpus)
     if settings.ranks < 2 or (options.device == "cuda" and settings.ranks > gpus):
         parser.error(f"{settings.ranks} ranks on {gpus} GPUs")
-    name = gpu_name() if options.device == "cuda" else None
+    gpu = gpu_name() if options.device == "cuda" else None
     path = options.output
     if path.suffix != ".jsonl":
-        path = result_path(path, name, f"x{settings.ranks}-collectives")
+        path = result_path(path, gpu, f"x{settings.ranks}-{name}")
     words = [word.replace(str(path), path.name) for word in given]
-    command = " ".join(["python bench/collectives.py", *words])
-    write_results(path, header({**asdict(settings), "command": command}, name), [])
-    table = Table(*Row.__dataclass_fields__, title=f"microseconds, {settings.ranks} ranks")
-    measure(settings, lambda row: _keep(row, path, table))
+    command = " ".join([str(parser.prog), *words])
+    write_results(path, header({**asdict(settings), "command": command}, gpu), [])
+    table = Table(*kind.__dataclass_fields__, title=f"microseconds, {settings.ranks} ranks")  # type: ignore[attr-defined]
+    measure(settings, rows, lambda row: _keep(row, path, table))
     Console().print(table)
     return 0
 
 
-def _keep(row: Row, path: Path, table: Table) -> None:
+def _keep(row: Any, path: Path, table: Table) -> None:
     append_row(path, asdict(row))
     table.add_row(*("" if value is None else str(value) for value in asdict(row).values()))
 

@@ -62,7 +62,7 @@ def found(exchange: Exchange, turn: int, rank: int, device: str) -> torch.Tensor
     case = case_of(turn)
     site, work = site_to(case.site, device), work_to(case.work, device)
     z = own(case, turn, rank).to(device)
-    assert exchange.takes_delta(z, site, work)
+    assert exchange.can_take_delta(z, site, work)
     return exchange.sum_and_expand(z, site, work)
 
 

@@ -27,6 +27,7 @@ from sum_expand_turns import (
     own,
     take_turns,
 )
+from work_lists import make_case
 
 from loramux.parallel.exchange import Exchange
 
@@ -64,7 +65,7 @@ def test_what_is_taken() -> None:
     z, site, work = own(case, 0, 0), case.site, case.work
 
     def takes(z: torch.Tensor = z, **changes: Any) -> bool:
-        return exchange.takes_delta(z, site, replace(work, **changes))
+        return exchange.can_take_delta(z, site, replace(work, **changes))
 
     assert takes()
     assert not takes(affine=True)
@@ -74,6 +75,22 @@ def test_what_is_taken() -> None:
     assert not takes(z[:, :-2])  # not in one piece
     assert not takes(z.repeat(5, 1))  # more than a slot holds
     narrow = replace(site, b=site.b[:, :90].contiguous(), slice_starts=(0, 90), affine=None)
-    assert not exchange.takes_delta(z, narrow, work)  # no tile is wide enough
+    assert not exchange.can_take_delta(z, narrow, work)  # no tile is wide enough
     wide = replace(site, a=site.a.float(), b=site.b.float(), affine=site.affine.float())
-    assert not exchange.takes_delta(z, wide, work)
+    assert not exchange.can_take_delta(z, wide, work)
+
+
+def test_what_is_sooner_as_one() -> None:
+    exchange = Exchange(mailboxes(0, empty_memory(2, words=1 << 19)))
+    adapters = [(0, 16), (16, 16)]
+    case = make_case((0, 4096), adapters, [(0, 3, [0])], 3, dtype=torch.bfloat16, rows_per_chunk=8)
+    work = replace(case.work, affine=False)
+
+    def is_sooner(tokens: int, columns: int) -> bool:
+        z = torch.zeros(tokens, 4096 + columns, dtype=torch.bfloat16)
+        assert exchange.can_take_delta(z, case.site, work)
+        return exchange.takes_delta(z, case.site, work)
+
+    assert is_sooner(1, 16) and is_sooner(64, 128)
+    assert not is_sooner(65, 16)  # more tiles than programs
+    assert not is_sooner(8, 256)  # many adapters

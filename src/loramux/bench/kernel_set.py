@@ -80,8 +80,8 @@ class KernelSet:
         }
         if not adapters:
             return
-        pool = self._work(batch, adapters, in_product=False)
-        inside = self._work(batch, adapters, in_product=True)
+        pool = self.work(batch, adapters, in_product=False)
+        inside = self.work(batch, adapters, in_product=True)
         partial_sums = shrink_parts(batch, self.inputs, pool.max_chunks)
         h = torch.zeros(
             partial_sums, batch, self.r * self.slices, dtype=torch.float32, device=self.device
@@ -123,7 +123,7 @@ class KernelSet:
             y, table, positions, slots, caches[0], caches[1], heads, None, 0.0, "llama", expand
         )
 
-    def _work(self, batch: int, adapters: int, *, in_product: bool) -> WorkList:
+    def work(self, batch: int, adapters: int, *, in_product: bool) -> WorkList:
         """One run of tokens an adapter, cut into chunks of at most `rows_per_chunk`.
 
         Behind a product with A rows a member stands in the columns of its pool rows; a kernel of

@@ -40,13 +40,23 @@ from loramux.kernels.triton_exchange import (
     with_word,
     word_of,
 )
-from loramux.kernels.triton_launch import launch, wait
+from loramux.kernels.triton_launch import cdiv, launch, wait
 
 ROWS, COLUMNS = 8, 256
-"""Of a tile; 64 rows of 4096 columns are as many tiles as an exchange has programs."""
+"""Of a tile."""
+
+MOST_TILES = 128
+"""Of a step with one adapter: as many as an exchange has programs."""
 
 LEAST_COLUMNS = 32
 """A product has at least 16 rows, and half a tile's columns stand there."""
+
+RANKS = 32
+"""That a program takes at a time, each time waiting for messages; 64 take more registers than it has."""
+
+MOST_COLUMNS = 128
+"""Of shrunk activations. More are of many adapters, whose chunks have few rows: then a program has
+several tiles, one after the other, and it is sooner to let an expand's many programs do that."""
 
 
 @triton.jit
@@ -67,15 +77,15 @@ def _rows_from(first, end, row_words, places, ROWS: tl.constexpr):
 
 @triton.jit
 def _h_at(rows, end, row_words, WIDTH: tl.constexpr, column, ranks, bound):
-    """The words with h at `ranks` of a member, most of them twice, since they hold two [ROWS, 16]; and
-    which of these there are, up to rank `bound`."""
+    """Where a member's h at `ranks` stands [ROWS, RANKS]: in words of two numbers, so most come twice;
+    and which of these there are, up to rank `bound`."""
     at = rows[:, None] * row_words + (WIDTH + column + ranks)[None, :] // 2
     return at, (rows < end)[:, None] & (ranks < bound)[None, :]
 
 
 @triton.jit
 def _b_words(b, p, ranks, bound, places, WIDTH: tl.constexpr):
-    """Rows p + `ranks` of b, up to `bound`, at `places` of words: [16, COLS / 2]."""
+    """Rows p + `ranks` of b, up to `bound`, at `places` of words: [RANKS, COLS / 2]."""
     at = (p + ranks).to(tl.int64)[:, None] * (WIDTH // 2) + places[None, :]
     return tl.load(b + at, mask=(ranks < bound)[:, None], other=0)
 
@@ -109,7 +119,8 @@ def _sums(
 @triton.jit
 def _sum_and_expand(
     z, row_words, boxes, lora, RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EARLY: tl.constexpr,
+    ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """z [T, WIDTH + W] of all ranks, in words of two ELEMENTs: its first WIDTH columns become the sums
     and the delta of the sums of the others. A program hears only of those of its number elsewhere."""
@@ -118,7 +129,7 @@ def _sum_and_expand(
     b = lora.b.to(tl.pointer_type(tl.int32), bitcast=True)
     program = tl.program_id(0)
     end = tl.load(lora.counts + 1) * TILES
-    ranks = tl.arange(0, 16)
+    ranks = tl.arange(0, RANKS)
     wait(EARLY)
     epoch = next_epoch(boxes.epochs)
     half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
@@ -130,7 +141,7 @@ def _sum_and_expand(
             _send_to_all(z, at, mask, boxes, slot, epoch, RANK, SIZE)
             p, column, bound = chunk[4], chunk[5], chunk[7]
             for member in range(chunk[2], chunk[3]):
-                for k in range(0, bound, 16):
+                for k in range(0, bound, RANKS):
                     h_at, h_mask = _h_at(
                         rows, chunk[1], row_words, WIDTH, column, k + ranks, bound
                     )  # fmt: skip
@@ -148,7 +159,7 @@ def _sum_and_expand(
             delta_low = tl.zeros((COLS // 2, ROWS), tl.float32)
             delta_high = tl.zeros((COLS // 2, ROWS), tl.float32)
             for member in range(chunk[2], chunk[3]):
-                for k in range(0, bound, 16):
+                for k in range(0, bound, RANKS):
                     if k > 0:
                         b_word = _b_words(b, p, k + ranks, bound, places, WIDTH)
                     h_at, h_mask = _h_at(
@@ -156,8 +167,8 @@ def _sum_and_expand(
                     )  # fmt: skip
                     one, two = _sums(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
                     h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
-                    h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, 16]
-                    b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [16, COLS / 2]
+                    h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, RANKS]
+                    b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [RANKS, COLS / 2]
                     b_low = low_number(b_word, False, ELEMENT).to(ELEMENT)
                     b_high = high_number(b_word, ELEMENT).to(ELEMENT)
                     delta_low += product(tl.trans(b_low), tl.trans(h)) * factor
@@ -171,8 +182,8 @@ def _sum_and_expand(
     tl.store(boxes.epochs + program, epoch)
 
 
-def takes(z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailboxes) -> bool:
-    """Whether `sum_and_expand` can and should: for steps that graphs capture, in one round, whose
+def can_take(z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailboxes) -> bool:
+    """Whether `sum_and_expand` can: for steps that graphs capture, in one round, whose
     shrunk activations are a product's and whose adapters have no gains and shifts."""
     small = work.rows_per_chunk <= LARGE_CHUNK and site.num_slices == site.experts == 1
     plain = not work.affine and site.b.dtype == z.dtype and site.b.is_contiguous()
@@ -183,6 +194,13 @@ def takes(z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailboxes)
         return False
     words = num_words(z.unsqueeze(0))
     return 0 < words <= mailboxes.slot_words and not in_two_rounds(words, mailboxes)
+
+
+def is_sooner(z: torch.Tensor, site: LoRASite) -> bool:
+    """Whether that takes less time than a sum and an expand: while a program has one tile, mostly."""
+    width = site.slice_starts[-1]
+    tiles = cdiv(z.shape[0], ROWS) * (width // tile_columns(site.slice_starts, COLUMNS))
+    return tiles <= MOST_TILES and z.shape[1] - width <= MOST_COLUMNS
 
 
 def sum_and_expand(
@@ -202,6 +220,7 @@ def sum_and_expand(
         ELEMENT=ELEMENTS[z.dtype],
         ROWS=ROWS,
         COLS=tile_columns(site.slice_starts, COLUMNS),
+        RANKS=RANKS,
         num_warps=triton_exchange.WARPS,
     )
     return z[:, :width]

@@ -80,9 +80,13 @@ class Exchange:
         exchange_gather(parts, run, out, self._mailboxes)
         return out
 
+    def can_take_delta(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
+        """Whether `sum_and_expand` can."""
+        return triton_sum_expand.can_take(z, site, work, self._mailboxes)
+
     def takes_delta(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
         """Whether `sum_and_expand` can, and sooner than in two ops."""
-        return triton_sum_expand.takes(z, site, work, self._mailboxes)
+        return self.can_take_delta(z, site, work) and triton_sum_expand.is_sooner(z, site)
 
     def sum_and_expand(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> torch.Tensor:
         """z [T, N + W] of all ranks, products and shrunk activations -> [T, N] with delta."""

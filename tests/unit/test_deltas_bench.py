@@ -1,0 +1,21 @@
+"""The benchmark of sums with deltas, between two processes of a CPU, where they are always two ops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import deltas
+
+
+def test_rows_of_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    few = ["--columns", "128", "--tokens", "2", "--adapters", "4:1", "4:2", "4:3"]
+    assert deltas.main(["--device", "cpu", "--output", str(path), *few]) == 0
+    _, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["rank"], row["adapters"]) for row in rows] == [(4, 1), (4, 2)]
+    for row in rows:
+        assert row["sum_us"] > 0 and row["sum_then_expand_us"] > 0
+        assert row["as_one_us"] is None and not row["taken"]
