@@ -164,60 +164,6 @@ def received(slot, at, mask, epoch, alive):
     return (message >> 32).to(tl.int32)
 
 
-@triton.jit
-def _sums_now(
-    own, slots, slot_words, at, mask, epoch,
-    RANK: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr, ELEMENT: tl.constexpr,
-):  # fmt: skip
-    """What `sums` gives if all has come, and how many words have not."""
-    low = tl.zeros_like(at).to(tl.float32)
-    high = low
-    late = tl.zeros_like(at).to(tl.int32)
-    for rank in tl.static_range(SIZE):
-        word = own
-        if rank != RANK:
-            message = tl.load(slots + rank * slot_words + at, mask=mask, other=0, volatile=True)
-            late += (mask & (message.to(tl.int32) != epoch)).to(tl.int32)
-            word = (message >> 32).to(tl.int32)
-        low, high = with_word(low, high, word, WHOLE, ELEMENT)
-    return low, high, tl.sum(late)
-
-
-@triton.jit
-def sums(
-    own, slots, slot_words, at, mask, epoch, alive,
-    RANK: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr, ELEMENT: tl.constexpr,
-):  # fmt: skip
-    """The sums of the first and of the second numbers of all ranks' words, of this one `own`, once those
-    at `at` in the others' slots are of this epoch: float32. All slots are asked at once."""
-    low, high, late = _sums_now(
-        own, slots, slot_words, at, mask, epoch, RANK, SIZE, WHOLE, ELEMENT
-    )  # fmt: skip
-    while late > 0:
-        low, high, late = _sums_now(
-            own, slots, slot_words, at, mask, epoch, RANK, SIZE, WHOLE, ELEMENT
-        )  # fmt: skip
-        late *= tl.load(alive, volatile=True)
-    if at.numel < _THREADS:  # as in `received`
-        low, high, late = _sums_now(
-            own, slots, slot_words, at, mask, epoch, RANK, SIZE, WHOLE, ELEMENT
-        )  # fmt: skip
-    return low, high
-
-
-@triton.jit
-def _store_run(out, word, at, mask, run, rank, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Words of a rank to their places among all ranks' runs."""
-    if SPLIT:
-        for place in tl.static_range(2):
-            one = 2 * at + place
-            to = one // run * (SIZE * run) + rank * run + one % run
-            tl.store(out + to, (word >> (16 * place)).to(tl.int16), mask=mask)
-    else:
-        to = at // run * (SIZE * run) + rank * run + at % run
-        tl.store(out + to, word, mask=mask)
-
-
 @triton.jit(do_not_specialize=["words", "width", "stride", "run"])
 def _exchange(
     x, out, words, width, stride, run, boxes,
@@ -246,18 +192,25 @@ def _exchange(
     for begin in range(program * WORDS, words, step):
         at = begin + tl.arange(0, WORDS)
         mask = at < words
-        own = _own(x, at, mask, words, width, stride, PARTS)
+        low = tl.zeros((WORDS,), tl.float32)
+        high = tl.zeros((WORDS,), tl.float32)
+        for rank in tl.static_range(SIZE):
+            if rank == RANK:
+                word = _own(x, at, mask, words, width, stride, PARTS)
+            else:
+                word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
+            if SUM:
+                low, high = with_word(low, high, word, WHOLE, ELEMENT)
+            elif SPLIT:
+                for place in tl.static_range(2):
+                    one = 2 * at + place
+                    to = one // run * (SIZE * run) + rank * run + one % run
+                    tl.store(out + to, (word >> (16 * place)).to(tl.int16), mask=mask)
+            else:
+                to = at // run * (SIZE * run) + rank * run + at % run
+                tl.store(out + to, word, mask=mask)
         if SUM:
-            low, high = sums(
-                own, mailbox, slot_words, at, mask, epoch, boxes.alive, RANK, SIZE, WHOLE, ELEMENT
-            )  # fmt: skip
             tl.store(out + at, word_of(low, high, WHOLE, ELEMENT), mask=mask)
-        else:
-            for rank in tl.static_range(SIZE):
-                word = own
-                if rank != RANK:
-                    word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
-                _store_run(out, word, at, mask, run, rank, SIZE, SPLIT)
     tl.store(boxes.epochs + program, epoch)
 
 
@@ -288,10 +241,14 @@ def _sum_in_two(
     for begin in range(program * WORDS, share, step):
         at = begin + tl.arange(0, WORDS)
         mask = (at < share) & (RANK * share + at < words)
-        own = _own(x, RANK * share + at, mask, words, words, words, PARTS)
-        low, high = sums(
-            own, mailbox, slot_words, at, mask, epoch, boxes.alive, RANK, SIZE, WHOLE, ELEMENT
-        )  # fmt: skip
+        low = tl.zeros((WORDS,), tl.float32)
+        high = tl.zeros((WORDS,), tl.float32)
+        for rank in tl.static_range(SIZE):
+            if rank == RANK:
+                word = _own(x, RANK * share + at, mask, words, words, words, PARTS)
+            else:
+                word = received(mailbox + rank * slot_words, at, mask, epoch, boxes.alive)
+            low, high = with_word(low, high, word, WHOLE, ELEMENT)
         total = word_of(low, high, WHOLE, ELEMENT)
         tl.store(out + RANK * share + at, total, mask=mask)
         for rank in tl.static_range(SIZE):

@@ -35,8 +35,9 @@ from loramux.kernels.triton_exchange import (
     low_number,
     next_epoch,
     num_words,
+    received,
     send,
-    sums,
+    with_word,
     word_of,
 )
 from loramux.kernels.triton_launch import cdiv, launch, wait
@@ -99,15 +100,19 @@ def _send_to_all(z, at, mask, boxes, slot, epoch, RANK: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
-def _rounded_sums(
+def _sums(
     z, at, mask, boxes, mailbox, epoch,
     RANK: tl.constexpr, SIZE: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """Of the first and of the second number of all ranks' words at `at`, rounded: float32."""
-    own = tl.load(z + at, mask=mask, other=0)
-    low, high = sums(
-        own, mailbox, boxes.slot_words, at, mask, epoch, boxes.alive, RANK, SIZE, False, ELEMENT
-    )  # fmt: skip
+    low = tl.zeros_like(at).to(tl.float32)
+    high = low
+    for rank in tl.static_range(SIZE):
+        if rank == RANK:
+            word = tl.load(z + at, mask=mask, other=0)
+        else:
+            word = received(mailbox + rank * boxes.slot_words, at, mask, epoch, boxes.alive)
+        low, high = with_word(low, high, word, False, ELEMENT)
     return rounded(low, ELEMENT).to(tl.float32), rounded(high, ELEMENT).to(tl.float32)
 
 
@@ -150,7 +155,7 @@ def _sum_and_expand(
             p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
             r, factor = rank_and_factor(lora, 0, p, scale, bound)
             b_word = _b_words(b, p, ranks, bound, places, WIDTH)  # before anybody is waited for
-            low, high = _rounded_sums(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+            low, high = _sums(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
             delta_low = tl.zeros((COLS // 2, ROWS), tl.float32)
             delta_high = tl.zeros((COLS // 2, ROWS), tl.float32)
             for member in range(chunk[2], chunk[3]):
@@ -160,9 +165,7 @@ def _sum_and_expand(
                     h_at, h_mask = _h_at(
                         rows, chunk[1], row_words, WIDTH, column, k + ranks, bound
                     )  # fmt: skip
-                    one, two = _rounded_sums(
-                        z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT
-                    )
+                    one, two = _sums(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
                     h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
                     h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, RANKS]
                     b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [RANKS, COLS / 2]
