@@ -106,15 +106,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", type=int, nargs="+", default=list(COLUMNS))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument(
-        "--adapters", nargs="+", default=list(ADAPTERS), metavar="R:N", help="N adapters of rank R"
+        "--adapters",
+        type=_pair,
+        nargs="+",
+        default=[_pair(text) for text in ADAPTERS],
+        metavar="R:N",
+        help="N adapters of rank R",
     )
     return sit(parser, argv, "deltas", rows, Row, _cases)
 
 
+def _pair(text: str) -> tuple[int, int]:
+    rank, adapters = text.split(":")
+    return int(rank), int(adapters)
+
+
 def _cases(options: argparse.Namespace, ranks: int) -> Cases:
-    pairs = tuple(tuple(map(int, pair.split(":"))) for pair in options.adapters)
-    columns, tokens = tuple(options.columns), tuple(options.tokens)
-    return Cases(ranks, options.device, columns=columns, tokens=tokens, adapters=pairs)  # type: ignore[arg-type]
+    return Cases(
+        ranks,
+        options.device,
+        columns=tuple(options.columns),
+        tokens=tuple(options.tokens),
+        adapters=tuple(options.adapters),
+    )
 
 
 if __name__ == "__main__":

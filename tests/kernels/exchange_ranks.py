@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -109,6 +110,12 @@ def set_small(round_bytes: int) -> None:
     """Make messages take several rounds of several programs, and sums two rounds from there on."""
     triton_exchange.PROGRAMS, triton_exchange.WORDS = PROGRAMS, WORDS
     triton_exchange.ROUND_BYTES = round_bytes
+
+
+def set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the test, to what it was before `set_small`."""
+    for name in ("PROGRAMS", "WORDS", "ROUND_BYTES"):
+        monkeypatch.setattr(triton_exchange, name, getattr(triton_exchange, name))
 
 
 def set_up_ranks(trouble: str, store: Path) -> list[bool]:

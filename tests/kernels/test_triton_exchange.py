@@ -21,6 +21,7 @@ from exchange_ranks import (  # noqa: E402
     mailboxes,
     make_turns,
     on_streams,
+    set_back,
     set_small,
     set_up_ranks,
 )
@@ -30,8 +31,7 @@ from loramux.parallel.exchange import Exchange  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PROGRAMS", "WORDS", "ROUND_BYTES"):
-        monkeypatch.setattr(triton_exchange, name, getattr(triton_exchange, name))
+    set_back(monkeypatch)
 
 
 @pytest.mark.parametrize(

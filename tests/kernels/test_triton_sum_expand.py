@@ -15,6 +15,7 @@ from exchange_ranks import (
     in_process_of_each,
     mailboxes,
     on_stream_of_each,
+    set_back,
     set_small,
 )
 from kernel_cases import assert_close
@@ -34,9 +35,7 @@ from loramux.parallel.exchange import Exchange
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_as_a_sum_and_an_expand(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PROGRAMS", "WORDS", "ROUND_BYTES"):
-        module = "loramux.kernels.triton_exchange"
-        monkeypatch.setattr(f"{module}.{name}", getattr(pytest.importorskip(module), name))
+    set_back(monkeypatch)
     if torch.cuda.is_available():
         set_small(round_bytes=1 << 30)
         memory = empty_memory(size, "cuda", SLOT_WORDS)

@@ -10,7 +10,7 @@ import pytest
 import deltas
 
 
-def test_rows_of_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_every_case(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     few = ["--columns", "128", "--tokens", "2", "--adapters", "4:1", "4:2", "4:3"]
     assert deltas.main(["--device", "cpu", "--output", str(path), *few]) == 0
@@ -19,3 +19,9 @@ def test_rows_of_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for row in rows:
         assert row["sum_us"] > 0 and row["sum_then_expand_us"] > 0
         assert row["as_one_us"] is None and not row["taken"]
+
+
+def test_what_is_no_pair_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        deltas.main(["--device", "cpu", "--adapters", "16"])
+    assert "16" in capsys.readouterr().err

@@ -45,9 +45,6 @@ from loramux.kernels.triton_launch import cdiv, launch, wait
 ROWS, COLUMNS = 8, 256
 """Of a tile."""
 
-MOST_TILES = 128
-"""Of a step with one adapter: as many as an exchange has programs."""
-
 LEAST_COLUMNS = 32
 """A product has at least 16 rows, and half a tile's columns stand there."""
 
@@ -197,10 +194,11 @@ def can_take(z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailbox
 
 
 def is_sooner(z: torch.Tensor, site: LoRASite) -> bool:
-    """Whether that takes less time than a sum and an expand: while a program has one tile, mostly."""
+    """Whether that takes less time than a sum and an expand: where a program has one tile, and of few
+    adapters, which cut the rows into few more."""
     width = site.slice_starts[-1]
     tiles = cdiv(z.shape[0], ROWS) * (width // tile_columns(site.slice_starts, COLUMNS))
-    return tiles <= MOST_TILES and z.shape[1] - width <= MOST_COLUMNS
+    return tiles <= triton_exchange.PROGRAMS and z.shape[1] - width <= MOST_COLUMNS
 
 
 def sum_and_expand(

@@ -6,9 +6,9 @@
     row, fully        h = reduce(A' x')  reduce(y + B' h in its columns)     B' this rank's rows
 
 x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
-By default y and h of a row layer stand side by side and one all-reduce sums both. In small steps the
-same kernel adds the delta, else the op that follows anyway. Where a step has no work list (CPUs),
-reduce(y + B h) does it.
+By default y and h of a row layer stand side by side and one all-reduce sums both. In small steps of
+few adapters the same kernel adds the delta, else the op that follows anyway. Where a step has no work
+list (CPUs), reduce(y + B h) does it.
 """
 
 from __future__ import annotations
