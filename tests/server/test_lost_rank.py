@@ -1,14 +1,16 @@
 """kill -9 or -STOP one rank under load: every open request hears of it, and the server leaves with an
-error."""
+error. With rank 0, which is the server, the others leave."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,8 @@ def _children(pid: int) -> list[int]:
 
 
 STOPPED = '"code":"engine_stopped"'
+ON_GPUS = ["--device", "cuda", "--kv-cache-memory", "64MiB"]
+EAGER = pytest.mark.parametrize("eager", [["--enforce-eager"], []], ids=["eager", "graphs"])
 HOWS = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 
 
@@ -34,12 +38,25 @@ def test_a_lost_rank_ends_the_server(tiny_world: TinyWorld, how: signal.Signals)
 
 @pytest.mark.multigpu
 @HOWS
-@pytest.mark.parametrize("eager", [["--enforce-eager"], []], ids=["eager", "graphs"])
+@EAGER
 def test_a_lost_rank_ends_the_server_under_nccl(
     tiny_world: TinyWorld, how: signal.Signals, eager: list[str]
 ) -> None:
     """Whose collectives do not notice: they wait on the device."""
-    _lose_a_rank(tiny_world, how, "--device", "cuda", "--kv-cache-memory", "64MiB", *eager)
+    _lose_a_rank(tiny_world, how, *ON_GPUS, *eager)
+
+
+def test_a_killed_server_takes_its_ranks_along(tiny_world: TinyWorld) -> None:
+    _kill_the_server(tiny_world, "--device", "cpu")
+
+
+@pytest.mark.multigpu
+@EAGER
+def test_a_killed_server_takes_its_ranks_along_under_nccl(
+    tiny_world: TinyWorld, eager: list[str]
+) -> None:
+    """Which wait for it on the device."""
+    _kill_the_server(tiny_world, *ON_GPUS, *eager)
 
 
 class _Clients:
@@ -67,19 +84,27 @@ class _Clients:
         raise AssertionError("no answer said that the engine has stopped")
 
 
-def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None:
-    model = str(tiny_world.model)
+@contextlib.contextmanager
+def _server(tiny_world: TinyWorld, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Of two ranks, and its URL."""
     flags = ["--port", "0", "--tensor-parallel-size", "2", "--rank-timeout-s", "3", *more]
     server = subprocess.Popen(
-        [sys.executable, "-m", "loramux", "serve", model, *flags],
+        [sys.executable, "-m", "loramux", "serve", str(tiny_world.model), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         assert server.stdout is not None
-        url = server.stdout.readline().strip().removeprefix("Listening on ")
-        clients = _Clients(url, model)
+        yield server, server.stdout.readline().strip().removeprefix("Listening on ")
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None:
+    with _server(tiny_world, *more) as (server, url):
+        clients = _Clients(url, str(tiny_world.model))
         with ThreadPoolExecutor() as pool:
             kinds = (True, True, False, False)
             answers = [pool.submit(clients.ask, stream=stream) for stream in kinds]
@@ -97,6 +122,27 @@ def _lose_a_rank(tiny_world: TinyWorld, how: signal.Signals, *more: str) -> None
         assert server.returncode not in (0, None) and "rank 1 of 2 is lost" in errors
         assert ("no sign of life for 3 s" in errors) == (how == signal.SIGSTOP)
         assert not Path(f"/proc/{rank}").exists()
-    finally:
-        server.kill()
-        server.wait()
+
+
+def _kill_the_server(tiny_world: TinyWorld, *more: str) -> None:
+    with _server(tiny_world, *more) as (server, url):
+        clients = _Clients(url, str(tiny_world.model))
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(clients.ask, stream=True) for _ in range(2)]
+            assert clients.begun.wait(20)
+            time.sleep(0.2)
+            (rank,) = _children(server.pid)
+            server.kill()
+            assert all(isinstance(answer.exception(), httpx.HTTPError) for answer in answers)
+        deadline = time.monotonic() + 10
+        while _runs(rank):
+            assert time.monotonic() < deadline, "rank 1 is still there"
+            time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process does; one that has ended may stay until somebody asks for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,10 +1,12 @@
 """A rank other than 0: it does what rank 0 says, in the order it was said, until that one is gone.
 
-    link ─▶ reader thread ─▶ plans ─▶ this thread: launch              (collectives meet rank 0's)
-                        └──▶ loads ─▶ a thread of their own: write ─▶ answer
+    link ─▶ reader thread ─▶ orders ─▶ this thread: start, launch      (collectives meet rank 0's)
+                        └──▶ loads ──▶ a thread of their own: write ─▶ answer
          ◀─ signs of life, from a thread of their own
 
 A load waits until every plan that came before it has been launched: an older one may read the rows.
+The reader reads from the first moment on: a rank that starts may wait for rank 0 on the device, and
+without it for ever.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -33,6 +36,7 @@ from loramux.engine.link import (
     Link,
     Load,
     Loaded,
+    Meet,
     Resolved,
     Start,
     Stop,
@@ -47,6 +51,8 @@ from loramux.parallel import ALONE, Group, join
 logger = logging.getLogger(__name__)
 
 EXIT_LOST = 3  # rank 0 went without a word
+
+Order = TypeVar("Order", Meet, Resolved)
 
 
 def main(descriptor: int) -> None:
@@ -85,12 +91,13 @@ class Follower:
     def __init__(self, link: Link, leave: Callable[[int], object]):
         self._link = link
         self._leave = leave
-        self._plans: queue.SimpleQueue[StepPlan | Stop] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Meet | Resolved | StepPlan | Stop] = queue.SimpleQueue()
         self._received = 0  # plans; counted by the reader
         self._launched = 0
         self._progress = threading.Condition()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-writer")
         self._group: Group = ALONE
+        self._runner: Runner | None = None
         self._writing_since: float | None = None
         self._left = threading.Event()
 
@@ -98,8 +105,10 @@ class Follower:
         start, _ = self._link.receive()
         assert isinstance(start, Start)
         threading.Thread(target=self._give_signs, name="rank-signs", daemon=True).start()
+        threading.Thread(target=self._read, name="rank-reader", daemon=True).start()
         try:
-            self._follow(self._prepare(start))
+            self._runner = self._prepare(start)
+            self._follow(self._runner)
         finally:
             with self._progress:
                 self._left.set()
@@ -107,11 +116,10 @@ class Follower:
             self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _follow(self, runner: Runner) -> None:
-        threading.Thread(target=self._read, args=(runner,), daemon=True).start()
         unsettle = settle()
         self._link.send(Here())
         try:
-            while isinstance(plan := self._plans.get(), StepPlan):
+            while isinstance(plan := self._orders.get(), StepPlan):
                 runner.launch(plan)
                 with self._progress:
                     self._launched += 1
@@ -123,7 +131,7 @@ class Follower:
     def _prepare(self, start: Start) -> Runner:
         torch.set_num_threads(start.threads)
         self._link.send(Here())
-        self._link.receive()  # Meet: nobody waits for one that never came
+        self._await(Meet)  # nobody waits for one that never came
         device = torch.device(start.config.device)
         self._group = join(
             *(start.store_path, start.rank, start.size, device),
@@ -132,11 +140,18 @@ class Follower:
         )
         loaded = load_model(start.config, self._group)
         self._link.send(Here(loaded.facts))
-        resolved, _ = self._link.receive()
-        assert isinstance(resolved, Resolved)
+        resolved = self._await(Resolved)
         config = resolved.config.model_copy(update={"device": loaded.facts.device})
         facts = replace(resolved.facts, device=loaded.facts.device)
         return make_runner(loaded.attached, config, facts)
+
+    def _await(self, kind: type[Order]) -> Order:
+        """The next order, which a start goes on with. Raises EngineStopped when it is to leave."""
+        order = self._orders.get()
+        if isinstance(order, Stop):
+            raise EngineStopped("rank 0 has given up the start")
+        assert isinstance(order, kind)
+        return order
 
     def _give_signs(self) -> None:
         with contextlib.suppress(OSError):  # the reader notices as well
@@ -145,26 +160,29 @@ class Follower:
                 writing_s = 0.0 if since is None else time.monotonic() - since
                 self._link.send(Alive(self._group.entered, writing_s))
 
-    def _read(self, runner: Runner) -> None:
+    def _read(self) -> None:
         """In a thread of its own: hand on what comes."""
         try:
             while True:
                 message, file = self._link.receive()
                 if isinstance(message, Load):
                     assert file is not None
-                    self._loader.submit(self._load, runner, message, file, self._received)
-                    continue
-                self._received += 1
-                if isinstance(message, Stop):
-                    self._plans.put(message)
-                    return
-                self._plans.put(message.plan())
+                    self._loader.submit(self._load, message, file, self._received)
+                elif isinstance(message, Meet | Resolved | Stop):
+                    self._orders.put(message)
+                    if isinstance(message, Stop):
+                        return
+                else:
+                    self._received += 1
+                    self._orders.put(message.plan())
         except (EOFError, OSError):
-            self._plans.put(Stop())
+            self._orders.put(Stop())
             self._leave(EXIT_LOST)
 
-    def _load(self, runner: Runner, message: Load, file: int, after: int) -> None:
+    def _load(self, message: Load, file: int, after: int) -> None:
         failure: Exception | None = None
+        runner = self._runner
+        assert runner is not None, "rank 0 asked for a load before the runners were there"
         try:
             with self._progress:
                 self._progress.wait_for(lambda: self._launched >= after or self._left.is_set())
