@@ -90,6 +90,6 @@ def test_what_is_sooner_as_one() -> None:
         assert exchange.can_take_delta(z, case.site, work)
         return exchange.takes_delta(z, case.site, work)
 
-    assert is_sooner(1, 16) and is_sooner(64, 128)
-    assert not is_sooner(65, 16)  # more tiles than programs
-    assert not is_sooner(8, 256)  # many adapters
+    assert is_sooner(1, 16) and is_sooner(64, 512) and is_sooner(128, 16)
+    assert not is_sooner(129, 16)  # more tiles than programs
+    assert not is_sooner(8, 1024)  # many adapters

@@ -32,8 +32,8 @@ import triton.language as tl  # type: ignore[import-untyped, import-not-found, u
 from loramux.kernels.triton_delta import rounded
 from loramux.kernels.triton_launch import Known, cdiv, facts_of, launch, wait
 
-PROGRAMS = 128
-"""Programs of every exchange, whatever its size: each counts epochs by itself."""
+PROGRAMS = 256
+"""Of every exchange, whatever its size, each counting epochs: two a processor beat one from 2 MB on."""
 
 WORDS, WARPS = 1024, 8
 """Words that a program sends at a time, and its warps."""

@@ -51,7 +51,7 @@ LEAST_COLUMNS = 32
 RANKS = 32
 """That a program takes at a time, each time waiting for messages; 64 take more registers than it has."""
 
-MOST_COLUMNS = 128
+MOST_COLUMNS = 512
 """Of shrunk activations. More are of many adapters, whose chunks have few rows: then a program has
 several tiles, one after the other, and it is sooner to let an expand's many programs do that."""
 
