@@ -118,6 +118,9 @@ def start(config: EngineConfig, make_runner: MakeRunner) -> Started:
         found = team.explain(error) if not isinstance(error, ConfigError) else error
         team.end()
         raise found from error
+    except BaseException:  # Ctrl-C
+        team.end()
+        raise
 
 
 def _processor(config: EngineConfig, loaded: LoadedModel) -> MediaProcessor | None:

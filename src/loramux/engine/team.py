@@ -107,6 +107,14 @@ class Team:
         self._processes: dict[int, Process] = {}
         self._shared = devices[0].startswith("cuda") and len(set(devices)) < self.size
         self._device = torch.device(devices[0])
+        try:
+            self._begin(devices, config, threads)
+        except BaseException:  # Ctrl-C too
+            self.end()
+            raise
+
+    def _begin(self, devices: Sequence[str], config: EngineConfig, threads: int) -> None:
+        """Start the processes and meet them."""
         store = str(Path(self._folder) / "store")
         for rank in range(1, self.size):
             ours, theirs = socket.socketpair()
@@ -208,16 +216,17 @@ class Team:
         """Tell them to leave, and see to it."""
         with self._changed:
             self._closing = True
-        for rank, link in self._links.items():
+        for rank, process in self._processes.items():
+            link = self._links[rank]
             with contextlib.suppress(OSError):
                 link.send(Stop())
             try:
                 if self.lost is not None:
-                    self._processes[rank].kill()
-                self._processes[rank].wait(LEAVE_S)
+                    process.kill()
+                process.wait(LEAVE_S)
             except subprocess.TimeoutExpired:
-                self._processes[rank].kill()
-                self._processes[rank].wait()
+                process.kill()
+                process.wait()
             link.close()
 
     def leave(self) -> None:

@@ -129,6 +129,7 @@ class Group:
         """Leave, when the other ranks have left or will. Captured graphs must be gone: a communicator
         that is part of one never ends, and would hold up the end of the process."""
         if self.exchange is not None:
+            self.exchange.abandon()  # at the end of a start that failed, its kernels may be waiting
             self.exchange.close()
         if self._group is None or self._staged:
             return

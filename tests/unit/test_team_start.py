@@ -1,0 +1,39 @@
+"""A start of several ranks that is broken off leaves neither a process nor a file behind."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramux import LLM
+from loramux.engine import team
+from loramux.engine.team import Team
+from tiny import TinyWorld
+
+
+@pytest.mark.parametrize("moment", ["_wait_here", "facts", "wait_ready"])
+def test_an_interrupted_start_leaves_nothing(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    spawn, spawned = team.spawn, []
+
+    def remembered(end: socket.socket, rank: int) -> Any:
+        spawned.append(process := spawn(end, rank))
+        return process
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(team, "spawn", remembered)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Team, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(str(tiny_world.model), device="cpu", tensor_parallel_size=2)
+    (process,) = spawned
+    assert isinstance(process, subprocess.Popen) and process.poll() is not None
+    assert not list(tmp_path.glob("loramux-*"))
