@@ -181,9 +181,9 @@ class Follower:
 
     def _load(self, message: Load, file: int, after: int) -> None:
         failure: Exception | None = None
-        runner = self._runner
-        assert runner is not None, "rank 0 asked for a load before the runners were there"
         try:
+            runner = self._runner
+            assert runner is not None, "rank 0 loads before the runners are there. This is a bug."
             with self._progress:
                 self._progress.wait_for(lambda: self._launched >= after or self._left.is_set())
             if self._left.is_set():

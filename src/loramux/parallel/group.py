@@ -6,7 +6,6 @@ the thread that runs the steps.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
 import threading
@@ -130,8 +129,6 @@ class Group:
         """Leave, when the other ranks have left or will. Captured graphs must be gone: a communicator
         that is part of one never ends, and would hold up the end of the process."""
         if self.exchange is not None:
-            with contextlib.suppress(RuntimeError):  # of a device that has failed
-                self.exchange.abandon()  # after a start that failed its kernels may be waiting
             self.exchange.close()
         if self._group is None or self._staged:
             return
