@@ -36,9 +36,15 @@ class Settings:
 
     ranks: int
     device: str = "cuda"
-    kilobytes: tuple[int, ...] = KILOBYTES
     calls: int = 32
     repeats: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes(Settings):
+    """Of the tensors."""
+
+    kilobytes: tuple[int, ...] = KILOBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def _be_rank(
     group.close()
 
 
-def rows_of_sizes(settings: Settings, group: Group, device: torch.device) -> Iterator[Row]:
+def rows_of_sizes(settings: Sizes, group: Group, device: torch.device) -> Iterator[Row]:
     for kilobytes in settings.kilobytes:
         yield _row(settings, group, kilobytes, device)
 
@@ -176,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "collectives",
         rows_of_sizes,
         Row,
-        lambda options, ranks: Settings(ranks, options.device, tuple(options.kilobytes)),
+        lambda options, ranks: Sizes(ranks, options.device, kilobytes=tuple(options.kilobytes)),
     )
 
 
@@ -189,7 +195,7 @@ def sit(
     settings_of: Callable[[argparse.Namespace, int], Settings],
 ) -> int:
     """Measure `rows` of that `kind` as the command line says, keep them and show them. `settings_of`
-    its options and the number of ranks."""
+    makes settings of its options and the number of ranks."""
     parser.add_argument("--ranks", type=int, help="default: all GPUs, or 2 on a CPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
