@@ -1,9 +1,11 @@
 """Sums over GPUs with the LoRA delta behind them, as one kernel and as two: python bench/deltas.py
 
 A row layer's products and shrunk activations [tokens, columns + adapters * r] of all ranks are summed,
-and the delta is added: by an exchange and an expand, and by `kernels.triton_sum_expand`, which takes
-some of the cases. Every call of a graph has adapters of its own, so that they come from memory.
-Microseconds of one call, as the median of many replays of a graph that has several.
+and the delta is added: one after the other, and by `kernels.triton_sum_expand` or `..._in_two`, which
+take some of the cases. By default each rank adds it to the sums; fully sharded each adds it to its own
+columns before, for which the shrunk activations are summed first. Every call of a graph has adapters of
+its own, so that they come from memory. Microseconds of one call, as the median of many replays of a
+graph that has several.
 """
 
 from __future__ import annotations
@@ -39,34 +41,39 @@ class Cases(Settings):
 class Row:
     """None: as one kernel there is none for such a step."""
 
+    fully: bool
     columns: int
     tokens: int
     rank: int
     adapters: int
     sum_us: float
-    sum_then_expand_us: float
+    one_after_the_other_us: float
     as_one_us: float | None
     taken: bool
     """Whether a layer would have it as one."""
 
 
 def rows(cases: Cases, group: Group, device: torch.device) -> Iterator[Row]:
-    for columns, (rank, adapters), tokens in itertools.product(
-        cases.columns, cases.adapters, cases.tokens
+    for fully, columns, (rank, adapters), tokens in itertools.product(
+        (False, True), cases.columns, cases.adapters, cases.tokens
     ):
         if adapters <= tokens:
-            yield _row(_Case(cases, group, device, columns, tokens, rank, adapters))
+            yield _row(_Case(cases, group, device, fully, columns, tokens, rank, adapters))
 
 
 def _row(case: _Case) -> Row:
     total = case.microseconds(lambda _: case.group.sum_parts(case.z.unsqueeze(0)))
-    in_two = case.microseconds(case.sum_then_expand)
+    apart = case.microseconds(case.one_after_the_other)
     exchange = case.group.exchange
     one, taken = None, False
-    if exchange is not None and exchange.can_take_delta(case.z, case.site, case.work):
-        one = case.microseconds(lambda site: exchange.sum_and_expand(case.z, site, case.work))
-        taken = exchange.takes_delta(case.z, case.site, case.work)
-    return Row(case.columns, case.tokens, case.rank, case.adapters, total, in_two, one, taken)
+    step = (case.z, case.columns, case.site, case.work)
+    if exchange is not None and exchange.can_take_delta(*step):
+        one = case.microseconds(
+            lambda site: exchange.sum_and_expand(case.z, case.columns, site, case.work)
+        )
+        taken = exchange.takes_delta(*step)
+    said = (case.fully, case.columns, case.tokens, case.rank, case.adapters)
+    return Row(*said, total, apart, one, taken)
 
 
 class _Case:
@@ -77,23 +84,35 @@ class _Case:
         settings: Settings,
         group: Group,
         device: torch.device,
+        fully: bool,
         columns: int,
         tokens: int,
         rank: int,
         adapters: int,
     ):
-        self.columns, self.tokens, self.rank, self.adapters = columns, tokens, rank, adapters
+        self.fully, self.columns, self.tokens = fully, columns, tokens
+        self.rank, self.adapters = rank, adapters
         self.settings, self.group = settings, group
         shape = dict(geometry("llama-3.1-8b").config, hidden_size=columns, intermediate_size=256)
         tensors = KernelSet(shape, "down", ["down_proj"], adapters, rank, str(device))
-        self.site, self.work = tensors.site, tensors.work(tokens, adapters, in_product=True)
+        self.work = tensors.work(tokens, adapters, in_product=True)
+        share = columns // group.size
+        self.own = slice(group.rank * share, (group.rank + 1) * share) if fully else slice(columns)
+        b = tensors.site.b[:, self.own].contiguous()  # [R, N] or [R, N / ranks]
+        affine = tensors.site.affine[..., self.own].contiguous()
+        self.site = replace(tensors.site, b=b, slice_starts=(0, b.shape[1]), affine=affine)
         width = columns + adapters * rank
         self.z = torch.randn(tokens, width, device=device).bfloat16()  # [T, N + W]
 
-    def sum_then_expand(self, site: LoRASite) -> None:
-        self.group.sum_parts(self.z.unsqueeze(0))
+    def one_after_the_other(self, site: LoRASite) -> None:
         h = self.z[:, self.columns :].unsqueeze(0)  # [1, T, W]
-        lora_expand(self.z[:, : self.columns], Expand(site, h, self.work))
+        if self.fully:
+            h = self.group.sum_parts(h).unsqueeze(0)
+        else:
+            self.group.all_reduce(self.z)
+        lora_expand(self.z[:, self.own], Expand(site, h, self.work))
+        if self.fully:
+            self.group.all_reduce(self.z)
 
     def microseconds(self, call: Callable[[LoRASite], object]) -> float:
         site, calls = self.site, range(self.settings.calls)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from loramux import LLM, LoRARequest, SamplingParams
+from loramux.engine import choosers
+from loramux.engine.tuning import CostTable
 from tiny import VOCAB, TinyWorld, save_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -54,8 +56,9 @@ def test_steps_of_many_tokens_answer_as_one_gpu(tiny_world: TinyWorld, adapters:
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("fully", [False, True], ids=["default", "fully"])
 def test_steps_of_16_bits_add_deltas_in_their_sums(
-    tiny_world: TinyWorld, adapters: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny_world: TinyWorld, adapters: list[str], monkeypatch: pytest.MonkeyPatch, fully: bool
 ) -> None:
     """Sums of 16 bits differ from one GPU's, so likelihoods are compared for as long as tokens agree."""
     exchange = pytest.importorskip("loramux.parallel.exchange").Exchange
@@ -67,13 +70,15 @@ def test_steps_of_16_bits_add_deltas_in_their_sums(
         return real(self, z, *args)
 
     monkeypatch.setattr(exchange, "sum_and_expand", counted)
+    product = CostTable((1,), (1,), ((0.0,),), ((1.0,),))  # rank 0 tells the others
+    monkeypatch.setattr(choosers, "load_costs", lambda *_, **__: product)
     likely = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
     loras = [None, *(LoRARequest(Path(path).name, 1, path) for path in adapters[:3])]
     settings = {"device": "cuda", "dtype": "bfloat16", "max_loras": 4, "max_lora_rank": 8}
     settings |= {"max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
     answers = []
     for ranks in (1, 2):
-        more = {**settings, "tensor_parallel_size": ranks}
+        more = {**settings, "tensor_parallel_size": ranks, "fully_sharded_loras": fully}
         with LLM(str(tiny_world.model), enable_lora=True, **more) as llm:
             outputs = llm.generate(PROMPTS[:4], likely, lora_request=loras)
         answers.append([_likelihoods(output.outputs[0]) for output in outputs])

@@ -20,36 +20,42 @@ from exchange_ranks import (
 )
 from kernel_cases import assert_close
 from sum_expand_turns import (
+    KINDS,
+    ROUND_BYTES,
     SLOT_WORDS,
     TURNS,
     case_of,
     expected,
     found,
     own,
+    share_of,
     take_turns,
 )
 from work_lists import make_case
 
+from loramux.kernels import LoRASite, triton_exchange
 from loramux.parallel.exchange import Exchange
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_as_a_sum_and_an_expand(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size"), [("one", 2), ("one", 3), ("two", 3), ("two", 4), ("own", 2), ("own", 3)]
+)
+def test_as_a_sum_and_an_expand(kind: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     set_back(monkeypatch)
     if torch.cuda.is_available():
-        set_small(round_bytes=1 << 30)
+        set_small(round_bytes=ROUND_BYTES[kind])
         memory = empty_memory(size, "cuda", SLOT_WORDS)
 
         def start(turn: int, rank: int) -> Any:
-            return lambda by: found(by, turn % len(TURNS), rank, "cuda").clone()
+            return lambda by: found(by, turn % len(TURNS), rank, size, kind, "cuda").clone()
 
         # Often: threads that look for the same word need not see it come at once.
         answers = on_stream_of_each(memory, 20 * len(TURNS), start)
     else:
         memory = empty_memory(size, "cpu", SLOT_WORDS).share_memory_()
-        raw = in_process_of_each(size, take_turns, memory)
+        raw = in_process_of_each(size, take_turns, memory, kind)
         answers = [[torch.from_numpy(one) for one in of_rank] for of_rank in raw]
-    wanted_of = [expected(turn, size) for turn in range(len(TURNS))]
+    wanted_of = [expected(turn, size, kind) for turn in range(len(TURNS))]
     for of_rank in answers:
         for turn, one in enumerate(of_rank):
             turn %= len(TURNS)
@@ -60,35 +66,53 @@ def test_as_a_sum_and_an_expand(size: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_taken() -> None:
     exchange = Exchange(mailboxes(0, empty_memory(2, words=SLOT_WORDS)))
-    case = case_of(0)
+    case = case_of(0, 2, "own")
     z, site, work = own(case, 0, 0), case.site, case.work
+    columns = site.slice_starts[-1]
 
-    def takes(z: torch.Tensor = z, **changes: Any) -> bool:
-        return exchange.can_take_delta(z, site, replace(work, **changes))
+    def takes(z: torch.Tensor = z, site: LoRASite = site, **changes: Any) -> bool:
+        return exchange.can_take_delta(z, columns, site, replace(work, **changes))
 
-    assert takes()
+    assert takes() and takes(site=share_of(site, 0, 2))
     assert not takes(affine=True)
     assert not takes(rows_per_chunk=64)
     assert not takes(z.float())
     assert not takes(z[:, :-1].contiguous())  # half a word
     assert not takes(z[:, :-2])  # not in one piece
     assert not takes(z.repeat(5, 1))  # more than a slot holds
-    narrow = replace(site, b=site.b[:, :90].contiguous(), slice_starts=(0, 90), affine=None)
-    assert not exchange.can_take_delta(z, narrow, work)  # no tile is wide enough
+    assert not takes(site=share_of(site, 0, 3))  # nobody's share
     wide = replace(site, a=site.a.float(), b=site.b.float(), affine=site.affine.float())
-    assert not exchange.can_take_delta(z, wide, work)
+    assert not takes(site=wide)
 
 
-def test_what_is_sooner_as_one() -> None:
-    exchange = Exchange(mailboxes(0, empty_memory(2, words=1 << 19)))
+@pytest.mark.parametrize("columns", [90, 96])
+def test_no_tile_is_wide_enough(columns: int) -> None:
+    """For 90 columns, and for a share of 48 of 96."""
+    exchange = Exchange(mailboxes(0, empty_memory(2, words=SLOT_WORDS)))
+    case = case_of(0, 2, "one")
+    narrow = replace(
+        case.site, b=case.site.b[:, :columns].contiguous(), slice_starts=(0, columns), affine=None
+    )
+    site = narrow if columns == 90 else share_of(narrow, 0, 2)
+    z = torch.zeros(8, columns + 16, dtype=site.b.dtype)
+    assert not exchange.can_take_delta(z, columns, site, case.work)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_sooner_as_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_back(monkeypatch)
+    triton_exchange.ROUND_BYTES = ROUND_BYTES[kind]
+    size = 4 if kind == "two" else 2
+    exchange = Exchange(mailboxes(0, empty_memory(size, words=1 << 19)))
     adapters = [(0, 16), (16, 16)]
     case = make_case((0, 4096), adapters, [(0, 3, [0])], 3, dtype=torch.bfloat16, rows_per_chunk=8)
     work = replace(case.work, affine=False)
+    site = share_of(case.site, 0, size) if kind == "own" else case.site
 
     def is_sooner(tokens: int, columns: int) -> bool:
         z = torch.zeros(tokens, 4096 + columns, dtype=torch.bfloat16)
-        assert exchange.can_take_delta(z, case.site, work)
-        return exchange.takes_delta(z, case.site, work)
+        assert exchange.can_take_delta(z, 4096, site, work)
+        return exchange.takes_delta(z, 4096, site, work)
 
     assert is_sooner(1, 16) and is_sooner(64, 512) and is_sooner(128, 16)
     assert not is_sooner(129, 16)  # more tiles than programs

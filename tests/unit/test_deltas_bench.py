@@ -1,4 +1,4 @@
-"""The benchmark of sums with deltas, between two processes of a CPU, where they are always two ops."""
+"""The benchmark of sums with deltas, between two processes of a CPU, where they are never one op."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def test_rows_of_every_case(tmp_path: Path) -> None:
     few = ["--columns", "128", "--tokens", "2", "--adapters", "4:1", "4:2", "4:3"]
     assert deltas.main(["--device", "cpu", "--output", str(path), *few]) == 0
     _, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["rank"], row["adapters"]) for row in rows] == [(4, 1), (4, 2)]
+    said = [(row["fully"], row["rank"], row["adapters"]) for row in rows]
+    assert said == [(False, 4, 1), (False, 4, 2), (True, 4, 1), (True, 4, 2)]
     for row in rows:
-        assert row["sum_us"] > 0 and row["sum_then_expand_us"] > 0
+        assert row["sum_us"] > 0 and row["one_after_the_other_us"] > 0
         assert row["as_one_us"] is None and not row["taken"]
 
 

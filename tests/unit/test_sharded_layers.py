@@ -107,6 +107,28 @@ def _work() -> WorkList:
     )
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["apart", "at once"])
+def test_a_fully_sharded_row_layer_is_summed_with_its_delta_or_behind_it(
+    at_once: bool, tmp_path: Path
+) -> None:
+    linear = nn.Linear(HIDDEN, OUTS["rowwise"][0], dtype=torch.float64)
+    a = torch.randn(RANK, HIDDEN, dtype=torch.float64)
+    b = torch.randn(linear.out_features, RANK, dtype=torch.float64)
+    x = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
+    case = _Case("rowwise", [linear], [a], [b], x, True)
+
+    def outcome(group: Group) -> torch.Tensor:
+        twin = _TwinExchange(group)
+        group.exchange = twin if at_once else None  # type: ignore[assignment]
+        y = case.outcome(group)
+        assert twin.calls == at_once
+        return y
+
+    outcomes = on_all_ranks(SIZE, tmp_path / "store", outcome)
+    with torch.inference_mode():
+        torch.testing.assert_close(_joined("rowwise", outcomes), case.expected())
+
+
 @pytest.mark.parametrize("under", [False, True], ids=["kernel", "product"])
 @pytest.mark.parametrize("style", ["colwise", "rowwise"])
 def test_ranks_have_together_what_a_whole_layer_computes(
@@ -144,15 +166,20 @@ class _TwinExchange:
     def takes(self, parts: torch.Tensor, *, sums: bool) -> bool:
         return False
 
-    def takes_delta(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
+    def takes_delta(self, z: torch.Tensor, columns: int, site: LoRASite, work: WorkList) -> bool:
         return True
 
-    def sum_and_expand(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> torch.Tensor:
+    def sum_and_expand(
+        self, z: torch.Tensor, columns: int, site: LoRASite, work: WorkList
+    ) -> torch.Tensor:
         self.calls += 1
-        width = site.slice_starts[-1]
         z = self._group.all_reduce(z)
-        lora_expand(z[:, :width], Expand(site, z[:, width:].unsqueeze(0), work))
-        return z[:, :width]
+        share = site.slice_starts[-1]
+        start = 0 if share == columns else self._group.rank * share
+        delta = torch.zeros_like(z[:, :columns])  # [T, N]
+        h = z[:, columns:].unsqueeze(0)  # [1, T, W]
+        lora_expand(delta[:, start : start + share], Expand(site, h, work))
+        return z[:, :columns] + (delta if share == columns else self._group.all_reduce(delta))
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -57,14 +57,14 @@ several tiles, one after the other, and it is sooner to let an expand's many pro
 
 
 @triton.jit
-def _item(lora, item, TILES: tl.constexpr, COLS: tl.constexpr):
+def item_at(lora, item, TILES: tl.constexpr, COLS: tl.constexpr):
     """The chunk of an item of the work, and the places of its tile's words in a row [COLS / 2]."""
     places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
     return chunk_of(lora, item // TILES), places
 
 
 @triton.jit
-def _rows_from(first, end, row_words, places, ROWS: tl.constexpr):
+def rows_from(first, end, row_words, places, ROWS: tl.constexpr):
     """Of ROWS rows from `first` on, which there are up to `end`: the rows, the words at `places` of each
     [ROWS, COLS / 2], and which of these there are."""
     rows = first + tl.arange(0, ROWS)
@@ -81,8 +81,8 @@ def _h_at(rows, end, row_words, WIDTH: tl.constexpr, column, ranks, bound):
 
 
 @triton.jit
-def _b_words(b, p, ranks, bound, places, WIDTH: tl.constexpr):
-    """Rows p + `ranks` of b, up to `bound`, at `places` of words: [RANKS, COLS / 2]."""
+def b_words(b, p, ranks, bound, places, WIDTH: tl.constexpr):
+    """Rows p + `ranks` of b [R, WIDTH], up to `bound`, at `places` of words: [RANKS, COLS / 2]."""
     at = (p + ranks).to(tl.int64)[:, None] * (WIDTH // 2) + places[None, :]
     return tl.load(b + at, mask=(ranks < bound)[:, None], other=0)
 
@@ -97,7 +97,25 @@ def _send_to_all(z, at, mask, boxes, slot, epoch, RANK: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
-def _sums(
+def send_shrunk(
+    z, row_words, lora, chunk, rows, boxes, slot, epoch,
+    RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Send the h that a chunk's `rows` need, which stands behind column WIDTH of z, to all others."""
+    ranks = tl.arange(0, RANKS)
+    p, column, bound = chunk[4], chunk[5], chunk[7]
+    for member in range(chunk[2], chunk[3]):
+        for k in range(0, bound, RANKS):
+            at, mask = _h_at(rows, chunk[1], row_words, WIDTH, column, k + ranks, bound)
+            once = ((column + k + ranks) % 2 == 0) | (
+                k + ranks == 0
+            )  # a word has two of these numbers
+            _send_to_all(z, at, mask & once[None, :], boxes, slot, epoch, RANK, SIZE)
+        p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
+
+
+@triton.jit
+def summed(
     z, at, mask, boxes, mailbox, epoch,
     RANK: tl.constexpr, SIZE: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
@@ -114,6 +132,41 @@ def _sums(
 
 
 @triton.jit
+def summed_with_delta(
+    z, row_words, lora, chunk, rows, at, mask, places, boxes, mailbox, epoch,
+    RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, B_WIDTH: tl.constexpr,
+    ELEMENT: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """As `summed` of the words at `at`, with the deltas of a chunk's `rows`: B's words at `places`, and
+    of h the sums of all ranks."""
+    b = lora.b.to(tl.pointer_type(tl.int32), bitcast=True)
+    ranks = tl.arange(0, RANKS)
+    p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
+    r, factor = rank_and_factor(lora, 0, p, scale, bound)
+    b_word = b_words(b, p, ranks, bound, places, B_WIDTH)  # before anybody is waited for
+    low, high = summed(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+    delta_low = tl.trans(tl.zeros_like(low))
+    delta_high = delta_low
+    for member in range(chunk[2], chunk[3]):
+        for k in range(0, bound, RANKS):
+            if k > 0:
+                b_word = b_words(b, p, k + ranks, bound, places, B_WIDTH)
+            h_at, h_mask = _h_at(rows, chunk[1], row_words, WIDTH, column, k + ranks, bound)
+            one, two = summed(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+            h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
+            h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, RANKS]
+            b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [RANKS, COLS / 2]
+            b_low = low_number(b_word, False, ELEMENT).to(ELEMENT)
+            b_high = high_number(b_word, ELEMENT).to(ELEMENT)
+            delta_low += product(tl.trans(b_low), tl.trans(h)) * factor
+            delta_high += product(tl.trans(b_high), tl.trans(h)) * factor
+        p, column, scale, bound, _affine = member_after(lora, p, member, chunk[3])
+        r, factor = rank_and_factor(lora, 0, p, scale, bound)
+        b_word = b_words(b, p, ranks, bound, places, B_WIDTH)
+    return low + tl.trans(delta_low), high + tl.trans(delta_high)
+
+
+@triton.jit
 def _sum_and_expand(
     z, row_words, boxes, lora, RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
@@ -123,69 +176,47 @@ def _sum_and_expand(
     and the delta of the sums of the others. A program hears only of those of its number elsewhere."""
     TILES: tl.constexpr = WIDTH // COLS
     z = z.to(tl.pointer_type(tl.int32), bitcast=True)
-    b = lora.b.to(tl.pointer_type(tl.int32), bitcast=True)
     program = tl.program_id(0)
     end = tl.load(lora.counts + 1) * TILES
-    ranks = tl.arange(0, RANKS)
     wait(EARLY)
     epoch = next_epoch(boxes.epochs)
     half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
     slot = half + RANK * boxes.slot_words
     for item in range(program, end, tl.num_programs(0)):
-        chunk, places = _item(lora, item, TILES, COLS)
+        chunk, places = item_at(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
-            rows, at, mask = _rows_from(first, chunk[1], row_words, places, ROWS)
+            rows, at, mask = rows_from(first, chunk[1], row_words, places, ROWS)
             _send_to_all(z, at, mask, boxes, slot, epoch, RANK, SIZE)
-            p, column, bound = chunk[4], chunk[5], chunk[7]
-            for member in range(chunk[2], chunk[3]):
-                for k in range(0, bound, RANKS):
-                    h_at, h_mask = _h_at(
-                        rows, chunk[1], row_words, WIDTH, column, k + ranks, bound
-                    )  # fmt: skip
-                    _send_to_all(z, h_at, h_mask, boxes, slot, epoch, RANK, SIZE)
-                p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
+            send_shrunk(
+                z, row_words, lora, chunk, rows, boxes, slot, epoch, RANK, SIZE, WIDTH, RANKS
+            )  # fmt: skip
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for item in range(program, end, tl.num_programs(0)):
-        chunk, places = _item(lora, item, TILES, COLS)
+        chunk, places = item_at(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
-            rows, at, mask = _rows_from(first, chunk[1], row_words, places, ROWS)
-            p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
-            r, factor = rank_and_factor(lora, 0, p, scale, bound)
-            b_word = _b_words(b, p, ranks, bound, places, WIDTH)  # before anybody is waited for
-            low, high = _sums(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
-            delta_low = tl.zeros((COLS // 2, ROWS), tl.float32)
-            delta_high = tl.zeros((COLS // 2, ROWS), tl.float32)
-            for member in range(chunk[2], chunk[3]):
-                for k in range(0, bound, RANKS):
-                    if k > 0:
-                        b_word = _b_words(b, p, k + ranks, bound, places, WIDTH)
-                    h_at, h_mask = _h_at(
-                        rows, chunk[1], row_words, WIDTH, column, k + ranks, bound
-                    )  # fmt: skip
-                    one, two = _sums(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
-                    h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
-                    h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, RANKS]
-                    b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [RANKS, COLS / 2]
-                    b_low = low_number(b_word, False, ELEMENT).to(ELEMENT)
-                    b_high = high_number(b_word, ELEMENT).to(ELEMENT)
-                    delta_low += product(tl.trans(b_low), tl.trans(h)) * factor
-                    delta_high += product(tl.trans(b_high), tl.trans(h)) * factor
-                p, column, scale, bound, _affine = member_after(lora, p, member, chunk[3])
-                r, factor = rank_and_factor(lora, 0, p, scale, bound)
-                b_word = _b_words(b, p, ranks, bound, places, WIDTH)
-            low += tl.trans(delta_low)
-            high += tl.trans(delta_high)
+            rows, at, mask = rows_from(first, chunk[1], row_words, places, ROWS)
+            low, high = summed_with_delta(
+                z, row_words, lora, chunk, rows, at, mask, places, boxes, mailbox, epoch,
+                RANK, SIZE, WIDTH, WIDTH, ELEMENT, RANKS,
+            )  # fmt: skip
             tl.store(z + at, word_of(low, high, False, ELEMENT), mask=mask)
     tl.store(boxes.epochs + program, epoch)
 
 
-def can_take(z: torch.Tensor, site: LoRASite, work: WorkList, mailboxes: Mailboxes) -> bool:
-    """Whether `sum_and_expand` can: for steps that graphs capture, in one round, whose
-    shrunk activations are a product's and whose adapters have no gains and shifts."""
+def fits(z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
+    """Whether these are of a step that graphs capture, with shrunk activations of a product and without
+    gains and shifts."""
     small = work.rows_per_chunk <= LARGE_CHUNK and site.num_slices == site.experts == 1
     plain = not work.affine and site.b.dtype == z.dtype and site.b.is_contiguous()
-    fits = z.element_size() == 2 and z.dtype in ELEMENTS and z.is_contiguous()
-    if not (small and plain and fits) or z.shape[1] % 2:
+    even = z.element_size() == 2 and z.is_contiguous() and z.shape[1] % 2 == 0
+    return small and plain and even and z.dtype in ELEMENTS
+
+
+def can_take(
+    z: torch.Tensor, columns: int, site: LoRASite, work: WorkList, mailboxes: Mailboxes
+) -> bool:
+    """Whether `sum_and_expand` can: what `fits`, in one round, where this rank has all of B."""
+    if not fits(z, site, work) or site.slice_starts[-1] != columns:
         return False
     if tile_columns(site.slice_starts, COLUMNS) < LEAST_COLUMNS:
         return False

@@ -131,11 +131,16 @@ class ShardedLinear(MergedLinear):
         cut = self.cuts[0]
         if self.kind == "row" and self._outside:
             x = x[:, cut.input.slice].contiguous()  # [T, K']
-        lora = self._batch.lora
-        if self._fully and lora is not None and self.site is not None:
-            y, expand = self._project_fully(x, lora, self.site)  # [T, N']
-        elif self.kind == "row" and lora is not None and self.site is not None and not self._packed:
-            return self._project_row(x, lora, self.site)  # [T, N]
+        lora, site = self._batch.lora, self.site
+        expand: Expand | None
+        if lora is None or site is None:
+            y, expand = super().project(x)  # [T, N']
+        elif self._fully and self.kind == "row":
+            return self._sum_fully(x, lora, site), self._affine(lora)  # [T, N]
+        elif self._fully:
+            y, expand = self._project_fully(x, lora, site)  # [T, N']
+        elif self.kind == "row" and not self._packed:
+            return self._project_row(x, lora, site)  # [T, N]
         else:
             y, expand = super().project(x)  # [T, N']
         if self.kind == "row":
@@ -165,7 +170,7 @@ class ShardedLinear(MergedLinear):
             h = z[:, width:].unflatten(1, (parts, columns)).transpose(0, 1)  # [P, T, W]
             self._shrink_beside(x, lora, site, h, z[:, :width])
         if h.shape[0] == 1:
-            y = self._group.sum_and_expand(z, site, lora.work)
+            y = self._group.sum_and_expand(z, width, site, lora.work)
             if y is not None:
                 return y, None  # [T, N]
         z = self._group.all_reduce(z)  # the same shape
@@ -173,26 +178,39 @@ class ShardedLinear(MergedLinear):
 
     def _project_fully(
         self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
-    ) -> tuple[torch.Tensor, Expand | None]:
-        """y [T, N'], of a row layer with the delta of its own columns in it, and maybe columns behind it
-        that are to be left out of what the ranks' sum gives."""
-        self.computations += 1
-        width = self.out_features
-        if lora.base_rows and self._stacked is not None:
-            z = self.extended_product(x, lora.base_rows)  # [T, N' + S R']
-            parts = z[:, width:].unsqueeze(0)  # [1, T, S R']
-        else:
-            z, parts = None, self._shrink_own(x, site, lora)  # [P, T, W']
-        if self.kind == "column":
-            h = self._group.gather_runs(parts, self.num_slices)  # [T, W]: row k from rank k % N
-            y = self._base(x) if z is None else z[:, :width]
-            return y, Expand(site, h.unsqueeze(0), lora.work)
+    ) -> tuple[torch.Tensor, Expand]:
+        """x [T, K] -> y [T, N'] of a column layer, and its delta."""
+        z, parts = self._shrink_fully(x, lora, site)
+        h = self._group.gather_runs(parts, self.num_slices)  # [T, W]: row k from rank k % N
+        y = self._base(x) if z is None else z[:, : self.out_features]
+        return y, Expand(site, h.unsqueeze(0), lora.work)
+
+    def _sum_fully(self, x: torch.Tensor, lora: LoRAStep, site: LoRASite) -> torch.Tensor:
+        """x [T, K'] -> [T, N] of a row layer, summed over all ranks with the deltas, which each adds to
+        its own columns first."""
         assert lora.deltas is not None
+        width = self.out_features
+        z, parts = self._shrink_fully(x, lora, site)
+        if z is not None:
+            y = self._group.sum_and_expand(z, width, site, lora.deltas)
+            if y is not None:
+                return y  # [T, N]
         h = self._group.sum_parts(parts)  # [T, W]
         y = self._base(x) if z is None else z  # [T, N] or [T, N + R']
         part = y[:, self.cuts[0].b_output.slice]  # [T, out']
         lora_expand(part, Expand(site, h.unsqueeze(0), lora.deltas))
-        return y, None
+        return self._group.all_reduce(y)[:, :width]
+
+    def _shrink_fully(
+        self, x: torch.Tensor, lora: LoRAStep, site: LoRASite
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """x [T, K'] -> the base product with it [T, N' + W'], if it came out of that, and what this rank
+        makes of A x [P, T, W']."""
+        self.computations += 1
+        if lora.base_rows and self._stacked is not None:
+            z = self.extended_product(x, lora.base_rows)  # [T, N' + S R']
+            return z, z[:, self.out_features :].unsqueeze(0)
+        return None, self._shrink_own(x, site, lora)
 
     def _shrink_own(self, x: torch.Tensor, site: LoRASite, lora: LoRAStep) -> torch.Tensor:
         """x [T, K'] -> [P, T, W'], what this rank makes of A x by a kernel."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loramux.kernels import LoRASite, WorkList, triton_sum_expand
+from loramux.kernels import LoRASite, WorkList, triton_sum_expand, triton_sum_expand_in_two
 from loramux.kernels.triton_exchange import (
     ELEMENTS,
     PROGRAMS,
@@ -80,17 +80,28 @@ class Exchange:
         exchange_gather(parts, run, out, self._mailboxes)
         return out
 
-    def can_take_delta(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
+    def can_take_delta(self, z: torch.Tensor, columns: int, site: LoRASite, work: WorkList) -> bool:
         """Whether `sum_and_expand` can."""
-        return triton_sum_expand.can_take(z, site, work, self._mailboxes)
+        step = (z, columns, site, work, self._mailboxes)
+        return triton_sum_expand.can_take(*step) or triton_sum_expand_in_two.can_take(*step)
 
-    def takes_delta(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> bool:
-        """Whether `sum_and_expand` can, and sooner than in two ops."""
-        return self.can_take_delta(z, site, work) and triton_sum_expand.is_sooner(z, site)
+    def takes_delta(self, z: torch.Tensor, columns: int, site: LoRASite, work: WorkList) -> bool:
+        """Whether `sum_and_expand` can, and sooner than one op after the other."""
+        step = (z, columns, site, work, self._mailboxes)
+        if triton_sum_expand.can_take(*step):
+            return triton_sum_expand.is_sooner(z, site)
+        two = triton_sum_expand_in_two
+        return two.can_take(*step) and two.is_sooner(z, columns, self._mailboxes)
 
-    def sum_and_expand(self, z: torch.Tensor, site: LoRASite, work: WorkList) -> torch.Tensor:
-        """z [T, N + W] of all ranks, products and shrunk activations -> [T, N] with delta."""
-        return triton_sum_expand.sum_and_expand(z, site, work, self._mailboxes)
+    def sum_and_expand(
+        self, z: torch.Tensor, columns: int, site: LoRASite, work: WorkList
+    ) -> torch.Tensor:
+        """z [T, N + W] of all ranks, products of N = `columns` and shrunk activations -> [T, N] with
+        delta. The site has B [R, N], or of it this rank's share of the columns."""
+        step = (z, columns, site, work, self._mailboxes)
+        if triton_sum_expand.can_take(*step):
+            return triton_sum_expand.sum_and_expand(z, site, work, self._mailboxes)
+        return triton_sum_expand_in_two.sum_and_expand_in_two(*step)
 
     def abandon(self) -> None:
         """Let no exchange wait any more, and none that comes; from any thread."""

@@ -58,14 +58,15 @@ class Group:
         return self._sum(parts)
 
     def sum_and_expand(
-        self, z: torch.Tensor, site: LoRASite, work: WorkList
+        self, z: torch.Tensor, columns: int, site: LoRASite, work: WorkList
     ) -> torch.Tensor | None:
-        """z [T, N + W], in whose last columns stand shrunk activations -> [T, N], its first summed over
-        all ranks and the delta of the others' sums added; None where that is not one op."""
-        if self.exchange is None or not self.exchange.takes_delta(z, site, work):
+        """z [T, N + W], behind whose N = `columns` stand shrunk activations -> [T, N], summed over all
+        ranks and the delta of the others' sums added; None where that is not one op. `site` has B of
+        all columns, or of this rank's share."""
+        if self.exchange is None or not self.exchange.takes_delta(z, columns, site, work):
             return None
         self.entered += 1
-        return self.exchange.sum_and_expand(z, site, work)
+        return self.exchange.sum_and_expand(z, columns, site, work)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[...] of one shape on all ranks -> [size, ...]."""
