@@ -19,10 +19,8 @@ SLOT_WORDS = 16384
 TURNS = [(BF16, 8, 96), (F16, 16, 128), (BF16, 16, 32), (F16, 8, 32), (BF16, 8, 96)]
 """Type, rows of a chunk, and columns of the product, or of a rank's share of them."""
 
-KINDS = ["one", "two", "own"]
-"""In one round; in two; in two, and each rank has B of its own share alone."""
-
 ROUND_BYTES = {"one": 1 << 30, "two": 0, "own": 0}
+"""In one round; in two; in two, and each rank has B of its own share alone."""
 
 
 def case_of(turn: int, size: int, kind: str) -> Case:

@@ -3,7 +3,8 @@
 A row layer's partial products and its shrunk activations stand side by side, see `layers.sharded`. As
 one sum and an expand behind it that is two kernels, of which the second waits for the first. Here each
 program sums a tile of the products as in `triton_exchange`, sums the few shrunk activations that
-this tile needs as well, and adds the delta. While messages are on their way it loads B.
+this tile needs as well, and adds the delta. While messages are on their way it loads B. What several
+tiles need is sent once.
 """
 
 # The bodies of Triton functions are not Python that mypy could check.
@@ -97,6 +98,14 @@ def _send_to_all(z, at, mask, boxes, slot, epoch, RANK: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
+def sends_shrunk(item, TILES: tl.constexpr):
+    """Whether this program sends its chunk's h with this item: of the programs that need it the one with
+    the lowest number, so that all wait for those of their own number and lower ones, which run."""
+    program = tl.program_id(0)
+    return (program == 0) | ((item % TILES == 0) & (program + TILES <= tl.num_programs(0)))
+
+
+@triton.jit
 def send_shrunk(
     z, row_words, lora, chunk, rows, boxes, slot, epoch,
     RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr,
@@ -107,9 +116,8 @@ def send_shrunk(
     for member in range(chunk[2], chunk[3]):
         for k in range(0, bound, RANKS):
             at, mask = _h_at(rows, chunk[1], row_words, WIDTH, column, k + ranks, bound)
-            once = ((column + k + ranks) % 2 == 0) | (
-                k + ranks == 0
-            )  # a word has two of these numbers
+            # A word has two of these numbers.
+            once = ((column + k + ranks) % 2 == 0) | (k + ranks == 0)
             _send_to_all(z, at, mask & once[None, :], boxes, slot, epoch, RANK, SIZE)
         p, column, _scale, bound, _affine = member_after(lora, p, member, chunk[3])
 
@@ -173,7 +181,7 @@ def _sum_and_expand(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """z [T, WIDTH + W] of all ranks, in words of two ELEMENTs: its first WIDTH columns become the sums
-    and the delta of the sums of the others. A program hears only of those of its number elsewhere."""
+    and the delta of the sums of the others."""
     TILES: tl.constexpr = WIDTH // COLS
     z = z.to(tl.pointer_type(tl.int32), bitcast=True)
     program = tl.program_id(0)
@@ -186,10 +194,11 @@ def _sum_and_expand(
         chunk, places = item_at(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
             rows, at, mask = rows_from(first, chunk[1], row_words, places, ROWS)
+            if sends_shrunk(item, TILES):
+                send_shrunk(
+                    z, row_words, lora, chunk, rows, boxes, slot, epoch, RANK, SIZE, WIDTH, RANKS
+                )  # fmt: skip
             _send_to_all(z, at, mask, boxes, slot, epoch, RANK, SIZE)
-            send_shrunk(
-                z, row_words, lora, chunk, rows, boxes, slot, epoch, RANK, SIZE, WIDTH, RANKS
-            )  # fmt: skip
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for item in range(program, end, tl.num_programs(0)):
         chunk, places = item_at(lora, item, TILES, COLS)

@@ -38,6 +38,7 @@ from loramux.kernels.triton_sum_expand import (
     item_at,
     rows_from,
     send_shrunk,
+    sends_shrunk,
     summed_with_delta,
 )
 
@@ -65,6 +66,10 @@ def _sum_and_expand_in_two(
         chunk, places = item_at(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
             rows = first + tl.arange(0, ROWS)
+            if sends_shrunk(item, TILES):
+                send_shrunk(
+                    z, row_words, lora, chunk, rows, boxes, slot, epoch, RANK, SIZE, WIDTH, RANKS
+                )  # fmt: skip
             for rank in tl.static_range(SIZE):
                 if rank != RANK:
                     _, at, mask = rows_from(
@@ -72,9 +77,6 @@ def _sum_and_expand_in_two(
                     )  # fmt: skip
                     word = tl.load(z + at, mask=mask, other=0)
                     send(boxes.addresses, rank, slot + at, word, epoch, mask)
-            send_shrunk(
-                z, row_words, lora, chunk, rows, boxes, slot, epoch, RANK, SIZE, WIDTH, RANKS
-            )  # fmt: skip
     mailbox = tl.load(boxes.addresses + RANK).to(tl.pointer_type(tl.int64)) + half
     for item in range(program, end, tl.num_programs(0)):
         chunk, places = item_at(lora, item, TILES, COLS)
@@ -103,8 +105,9 @@ def _sum_and_expand_in_two(
 
 
 def _tile(columns: int, size: int) -> int:
-    """Columns of a rank's tile: those of all ranks together are about a tile of a sum in one round."""
-    most = max(LEAST_COLUMNS, COLUMNS // next_power_of_2(size))
+    """Columns of a rank's tile: half of one in one round, and less where ranks are many, whose shares
+    are small. In narrow tiles of several ranks' words registers did not do."""
+    most = max(LEAST_COLUMNS, min(COLUMNS // 2, 2 * COLUMNS // next_power_of_2(size)))
     return tile_columns((0, columns // size), most)
 
 
