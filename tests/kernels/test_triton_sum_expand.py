@@ -30,7 +30,7 @@ from sum_expand_turns import (
     share_of,
     take_turns,
 )
-from work_lists import make_case
+from work_lists import make_case, site_to, work_to
 
 from loramux.kernels import LoRASite, triton_exchange
 from loramux.parallel.exchange import Exchange
@@ -61,6 +61,25 @@ def test_as_a_sum_and_an_expand(kind: str, size: int, monkeypatch: pytest.Monkey
             wanted, counts = wanted_of[turn]
             actual = one.cpu().to(TURNS[turn][0])
             assert_close(actual[counts], wanted[counts], steps=2.0, floor=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "own"])
+def test_a_step_without_rows_meets_all_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a rank gets two exchanges ahead, and overwrites what another has not read."""
+    set_back(monkeypatch)
+    set_small(round_bytes=ROUND_BYTES[kind])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = empty_memory(3, device, SLOT_WORDS)
+    exchange = Exchange(mailboxes(1, memory))
+    exchange.abandon()  # the others never come
+    case = case_of(0, 3, kind)
+    site = share_of(case.site, 1, 3) if kind == "own" else case.site
+    counts, chunks = torch.zeros(2, dtype=torch.int32), torch.zeros_like(case.work.chunks)
+    nothing = replace(case.work, counts=counts, chunks=chunks)
+    step = (case.site.slice_starts[-1], site_to(site, device), work_to(nothing, device))
+    exchange.sum_and_expand(own(case, 0, 1).to(device), *step)
+    epochs = (memory[:, 1].cpu() & 0xFFFFFFFF).amax(-1)  # [N, N]: of what a rank has from each
+    assert epochs.tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
 
 
 def test_what_is_taken() -> None:

@@ -58,10 +58,19 @@ several tiles, one after the other, and it is sooner to let an expand's many pro
 
 
 @triton.jit
+def num_items(lora, TILES: tl.constexpr):
+    """Of the work, one at least: whoever is two epochs further must have heard of everybody in the epoch
+    between, so without rows a row is exchanged that counts for nothing."""
+    return tl.maximum(tl.load(lora.counts + 1), 1) * TILES
+
+
+@triton.jit
 def item_at(lora, item, TILES: tl.constexpr, COLS: tl.constexpr):
     """The chunk of an item of the work, and the places of its tile's words in a row [COLS / 2]."""
     places = item % TILES * (COLS // 2) + tl.arange(0, COLS // 2)
-    return chunk_of(lora, item // TILES), places
+    first, end, member, members, p, column, scale, bound, _affine = chunk_of(lora, item // TILES)
+    end = tl.maximum(end, 1)  # without rows it is (0, 0)
+    return (first, end, member, members, p, column, scale, bound), places
 
 
 @triton.jit
@@ -185,7 +194,7 @@ def _sum_and_expand(
     TILES: tl.constexpr = WIDTH // COLS
     z = z.to(tl.pointer_type(tl.int32), bitcast=True)
     program = tl.program_id(0)
-    end = tl.load(lora.counts + 1) * TILES
+    end = num_items(lora, TILES)
     wait(EARLY)
     epoch = next_epoch(boxes.epochs)
     half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words

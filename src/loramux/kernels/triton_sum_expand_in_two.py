@@ -36,6 +36,7 @@ from loramux.kernels.triton_sum_expand import (
     ROWS,
     fits,
     item_at,
+    num_items,
     rows_from,
     send_shrunk,
     sends_shrunk,
@@ -57,7 +58,7 @@ def _sum_and_expand_in_two(
     B_FIRST: tl.constexpr = RANK * SHARE if B_WIDTH == WIDTH else 0
     z = z.to(tl.pointer_type(tl.int32), bitcast=True)
     program = tl.program_id(0)
-    end = tl.load(lora.counts + 1) * TILES
+    end = num_items(lora, TILES)
     wait(EARLY)
     epoch = next_epoch(boxes.epochs)
     half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
