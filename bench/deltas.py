@@ -25,7 +25,7 @@ from loramux.parallel import Group
 
 COLUMNS = (4096, 8192)
 TOKENS = (1, 8, 64)
-ADAPTERS = ("16:1", "16:8", "16:16", "16:32", "64:1", "64:2", "64:8")
+ADAPTERS = ("16:1", "16:8", "16:16", "16:32", "64:1", "64:2", "64:8", "64:32")
 
 
 @dataclass(frozen=True, slots=True)
