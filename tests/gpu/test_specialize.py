@@ -17,7 +17,7 @@ from loramux.config.graphs import active_buckets
 from loramux.engine.graphs import GraphKey, StepOutput
 from loramux.engine.packing import runs_of
 from loramux.engine.plan import Row, SampleSpec
-from loramux.engine.rows import by_members
+from loramux.engine.rows import in_order
 from loramux.engine.singles import single_tokens
 from tiny import save_model
 
@@ -143,7 +143,7 @@ def random_rows(rng: random.Random, count: int) -> list[Row]:
     weights = [rng.random() ** 3 + 1e-3 for _ in kinds]
     members = rng.choices(kinds, weights, k=count)
     rows = [Row(i, (5,), 3, (1,), member, SAMPLE) for i, member in enumerate(members)]
-    return sorted(rows, key=by_members)
+    return in_order(rows)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -185,7 +185,7 @@ def test_rows_in_which_adapters_begin_fit_their_graph(runner: CpuReplayingRunner
             members = (*early, ((place + 16) % (16 * MAX_LORAS), 1.0))
             tokens, before = (5,) * count, (rng.randrange(1, count), early)
             rows.append(Row(100 + number, tokens, 0, (1,), members, SAMPLE, before=before))
-        rows.sort(key=by_members)
+        rows = in_order(rows)
         runs = runs_of(rows)
         singles = single_tokens(rows, runner.block_size, runner._limits)
         assert singles is not None and runs_of(singles) == runs

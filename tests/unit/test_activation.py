@@ -222,7 +222,7 @@ def test_other_ranks_are_told_where_an_adapter_begins() -> None:
     plan = StepPlan(tuple(ROWS), (), ("image",), (7,))
     told = pickle.loads(content_of(plan.for_others())).plan()
     chosen = [row.sample and CHOSEN_ELSEWHERE for row in ROWS]
-    wanted = [replace(row, sample=sample) for row, sample in zip(ROWS, chosen, strict=True)]
+    wanted = [row._replace(sample=sample) for row, sample in zip(ROWS, chosen, strict=True)]
     assert told == replace(plan, rows=tuple(wanted))
     assert told.rows[1].sample is CHOSEN_ELSEWHERE
 

@@ -73,7 +73,7 @@ class CpuRunner(Runner):
         if not spec.pending:
             return spec
         output = (*spec.output_ids, self._chosen[sequence]) if _counts_tokens(spec) else ()
-        return dataclasses.replace(spec, output_ids=output, pending=False)
+        return spec._replace(output_ids=output, pending=False)
 
     def _pack(self) -> None:
         """Reorder every weight for the CPU's matrix products, one after the other."""

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from loramux.engine.packing import Members, Run
+from loramux.engine.packing import Run
+from loramux.engine.plan import Members
 
 
 class Costs(Protocol):

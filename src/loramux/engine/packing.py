@@ -17,10 +17,9 @@ import torch
 
 from loramux.config import EngineConfig
 from loramux.config.graphs import LARGEST, REREAD_POSITIONS
-from loramux.engine.plan import PENDING, Row
+from loramux.engine.plan import PENDING, Members, Row
 from loramux.kernels import AFFINE, WorkList
 
-Members = tuple[tuple[int, float], ...]
 Array = np.ndarray
 CHUNK_WORDS = 8  # of a chunk's record, see `WorkList`
 # Rows that a LoRA program takes together: B is read once. Steps of up to so many tokens: that many.

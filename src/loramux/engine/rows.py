@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 
 from loramux.engine.activation import members_of_row
 from loramux.engine.encoder_cache import encoder_key
 from loramux.engine.media_spans import vectors_between
-from loramux.engine.plan import PENDING, Row, RowMedia, SampleSpec
+from loramux.engine.plan import PENDING, Members, Row, RowMedia, SampleSpec
 from loramux.engine.sequence import Sequence
+
+_sequence_id = attrgetter("sequence_id")
 
 
 def make_rows(scheduled: Mapping[Sequence, int], *, see_whole: bool) -> list[Row]:
-    """The rows of a step, in which rows with equal members are neighbours."""
-    rows = [make_row(s, count, see_whole=see_whole) for s, count in scheduled.items()]
-    rows.sort(key=by_members)
-    return rows
+    """The rows of a step, in order."""
+    return in_order(make_row(s, count, see_whole=see_whole) for s, count in scheduled.items())
 
 
-def by_members(row: Row) -> tuple[tuple[tuple[int, float], ...], int]:
-    """The order of rows in a step."""
-    return row.members, row.sequence_id
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """`rows` as a step has them: sorted by members, those with equal ones by sequence. Members are
+    compared once for a composition, not for a row."""
+    groups: dict[Members, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.members, []).append(row)
+    found: list[Row] = []
+    for members in sorted(groups):
+        found += sorted(groups[members], key=_sequence_id)
+    return found
 
 
 def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:
@@ -34,16 +42,16 @@ def make_row(sequence: Sequence, count: int, *, see_whole: bool = False) -> Row:
     members, before = sequence.members, None
     if sequence.last_start > start:
         members, before = members_of_row(members, sequence.starts, start, end)
-    return Row(
-        sequence_id=sequence.sequence_id,
-        token_ids=token_ids,
-        start=start,
-        block_table=sequence.block_table,
-        members=members,
-        sample=_sample_spec(sequence) if end == sequence.length and not sequence.pools else None,
-        shift=sequence.shift,
-        media=row_media(sequence, start, end, see_whole) if sequence.items else None,
-        before=before,
+    return Row(  # by position: there are hundreds a step
+        sequence.sequence_id,
+        token_ids,
+        start,
+        sequence.block_table,
+        members,
+        _sample_spec(sequence) if end == sequence.length and not sequence.pools else None,
+        sequence.shift,
+        row_media(sequence, start, end, see_whole) if sequence.items else None,
+        before,
     )
 
 
@@ -75,11 +83,11 @@ def _sample_spec(sequence: Sequence) -> SampleSpec:
     )
     position = sequence.length - sequence.num_prompt
     return SampleSpec(
-        params=params,
-        seed=sequence.seed,
-        position=position,
-        stop_ids=sequence.stop_ids if position < params.min_tokens else (),
-        prompt_ids=tuple(sequence.tokens[: sequence.num_prompt]) if penalised else (),
-        output_ids=tuple(sequence.output_ids) if penalised else (),
-        pending=sequence.num_pending > 0,
+        params,
+        sequence.seed,
+        position,
+        sequence.stop_ids if position < params.min_tokens else (),
+        tuple(sequence.tokens[: sequence.num_prompt]) if penalised else (),
+        tuple(sequence.output_ids) if penalised else (),
+        sequence.num_pending > 0,
     )

@@ -17,8 +17,8 @@ from loramux.config import EngineConfig
 from loramux.config.memory import pool_rank
 from loramux.engine.graphs import StepOutput
 from loramux.engine.lora_choice import LoRAChoice, LoRAChooser
-from loramux.engine.packing import Members, runs_of
-from loramux.engine.plan import Row, RowMedia, SampleSpec
+from loramux.engine.packing import runs_of
+from loramux.engine.plan import Members, Row, RowMedia, SampleSpec
 from loramux.engine.sampler import Sampler
 from loramux.types import SamplingParams
 
@@ -134,7 +134,7 @@ def with_members(rows: Sequence[Row], ranks: Mapping[int, int]) -> list[Row]:
     count = len(rows)
     # Counted from the end: where rows are few, they are those with adapters.
     places = (len(kinds) - 1 - (count - 1 - i) * len(kinds) // count for i in range(count))
-    return [replace(row, members=kinds[place]) for row, place in zip(rows, places, strict=True)]
+    return [row._replace(members=kinds[place]) for row, place in zip(rows, places, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def sample_kinds() -> list[SampleSpec]:
         "presence_penalty": 0.1,
         "frequency_penalty": 0.1,
     }
-    drawn = replace(_spec(top_p=0.9, **penalties), prompt_ids=(0, 1), output_ids=(1,))
+    drawn = _spec(top_p=0.9, **penalties)._replace(prompt_ids=(0, 1), output_ids=(1,))
     return [
         _spec(temperature=0.0),
         _spec(seed=1),
@@ -174,8 +174,8 @@ def sample_kinds() -> list[SampleSpec]:
         _spec(top_p=0.9),
         _spec(min_p=0.1),
         drawn,
-        replace(drawn, params=replace(drawn.params, temperature=0.0), pending=True),
-        replace(_spec(logit_bias={0: 1.0}), stop_ids=(1,)),
+        drawn._replace(params=replace(drawn.params, temperature=0.0), pending=True),
+        _spec(logit_bias={0: 1.0})._replace(stop_ids=(1,)),
         _spec(temperature=0.0, logprobs=0),
         _spec(top_k=5, top_p=0.9, logprobs=5),
     ]

@@ -107,7 +107,7 @@ def _sum_and_expand_in_two(
 
 def _tile(columns: int, size: int) -> int:
     """Columns of a rank's tile: half of one in one round, and less where ranks are many, whose shares
-    are small. In narrow tiles of several ranks' words registers did not do."""
+    are small. Less than that among four takes more registers than there are."""
     most = max(LEAST_COLUMNS, min(COLUMNS // 2, 2 * COLUMNS // next_power_of_2(size)))
     return tile_columns((0, columns // size), most)
 
