@@ -50,6 +50,24 @@ def test_a_killed_server_takes_its_ranks_along(tiny_world: TinyWorld) -> None:
     _kill_the_server(tiny_world, "--device", "cpu")
 
 
+def test_a_server_interrupted_at_its_start_leaves_nothing(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, "-m", "loramux", "serve", str(tiny_world.model), "--port", "0"]
+    more = ["--tensor-parallel-size", "2", "--device", "cpu"]
+    with subprocess.Popen([*command, *more], stderr=subprocess.PIPE) as server:
+        deadline = time.monotonic() + 60
+        while not (ranks := _children(server.pid)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert ranks and list(tmp_path.glob("loramux-*"))
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
+    assert server.returncode == 130
+    assert not list(tmp_path.glob("loramux-*"))
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
 @pytest.mark.multigpu
 @EAGER
 def test_a_killed_server_takes_its_ranks_along_under_nccl(

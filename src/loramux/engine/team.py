@@ -6,6 +6,7 @@ them all: what they hold is worth nothing without its part.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -107,6 +108,7 @@ class Team:
         self._processes: dict[int, Process] = {}
         self._shared = devices[0].startswith("cuda") and len(set(devices)) < self.size
         self._device = torch.device(devices[0])
+        atexit.register(self._abandon)
         try:
             self._begin(devices, config, threads)
         except BaseException:  # Ctrl-C too
@@ -235,6 +237,7 @@ class Team:
         # Not before: a communicator on its way out asks the store, and where there is none it tries for
         # as long as it would wait for a rank.
         shutil.rmtree(self._folder, ignore_errors=True)
+        atexit.unregister(self._abandon)
 
     def end(self) -> None:
         """End them and this rank's part at once."""
@@ -244,6 +247,18 @@ class Team:
             process.kill()
         self.close()
         self.leave()
+
+    def _abandon(self) -> None:
+        """The interpreter leaves and nobody has ended this: a start on another thread, interrupted."""
+        with self._changed:
+            self._closing = True
+        processes = list(self._processes.values())
+        for process in processes:
+            process.kill()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LEAVE_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait_here(self, count: int) -> list[list[ModelFacts | None]]:
         """Until every rank has said so many times that it is there."""
