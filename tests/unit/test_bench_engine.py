@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import runpy
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from loramux.bench import at_once, decode, kernels, load, main, prefill, profile
 from loramux.bench.case import LINEARS
 from loramux.bench.ceilings import Ceilings, StepFloor
 from loramux.bench.geometry import geometry, write_model
-from loramux.bench.jobs import Job, run, run_worker
+from loramux.bench.jobs import EXIT_ALONE, Job, run, run_worker
 from loramux.bench.linears import adapter_elements
 from loramux.bench.process import BenchError
 from loramux.bench.random_adapters import write_adapters
@@ -386,6 +387,15 @@ def test_a_worker_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
     command = worker_commands(made.options)["loramux"]
     with pytest.raises(BenchError, match="no-such-folder"):
         list(run_worker(command, job, tmp_path, "job", 60.0, print))
+
+
+def test_a_worker_whose_driver_has_gone_leaves(tmp_path: Path) -> None:
+    made = sitting(tmp_path, "decode", decode.parse(TINY))
+    command = worker_commands(made.options)["loramux"]
+    Job("decode", {"model": "no-such-folder"}, [], {}).write(tmp_path / "job.json")
+    worker = subprocess.Popen([*command, str(tmp_path / "job.json")], stdin=subprocess.PIPE)
+    worker.communicate(timeout=60)  # which ends its input
+    assert worker.returncode == EXIT_ALONE
 
 
 def test_vllm_is_driven_through_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -25,6 +26,8 @@ from typing import Any
 from loramux.bench.process import BenchError, environment
 from loramux.bench.system import System, open_ours
 from loramux.bench.worker import take_stdout
+
+EXIT_ALONE = 3  # the driver went without a word
 
 Say = Callable[[str], None]
 Measure = Callable[["Job", System, Say], Iterator[dict[str, Any]]]
@@ -70,6 +73,7 @@ def work(open_system: Callable[[dict[str, Any]], System], argv: Sequence[str]) -
         print("usage: <worker> JOB.json")
         return 2
     started = _process_start()
+    threading.Thread(target=_leave_when_alone, name="bench-watch", daemon=True).start()
     replies = take_stdout()
 
     def reply(content: dict[str, Any]) -> None:
@@ -119,6 +123,13 @@ def run(
         system.close()
 
 
+def _leave_when_alone() -> None:
+    """In a thread of its own: a driver holds this worker's input open, and writes nothing."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):  # else it was started by hand
+        os.read(0, 1)
+        os._exit(EXIT_ALONE)
+
+
 def _process_start() -> float:
     """When this process began, on the clock of `perf_counter`: imports are part of a start."""
     try:
@@ -143,7 +154,7 @@ def run_worker(
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*command, str(path)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # its end tells the worker that this process has gone
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
@@ -151,8 +162,8 @@ def run_worker(
         )
         watchdog = threading.Timer(patience_s, process.kill)
         watchdog.start()
+        assert process.stdin is not None and process.stdout is not None
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 content = json.loads(line)
                 if "note" in content:
@@ -164,6 +175,7 @@ def run_worker(
             watchdog.cancel()
             process.kill()
             process.wait()
+            process.stdin.close()
     if status:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
         raise BenchError(f"{name}: ended with status {status}\n" + "\n".join(tail))
