@@ -57,10 +57,11 @@ def test_a_server_interrupted_at_its_start_leaves_nothing(
     command = [sys.executable, "-m", "loramux", "serve", str(tiny_world.model), "--port", "0"]
     more = ["--tensor-parallel-size", "2", "--device", "cpu"]
     with subprocess.Popen([*command, *more], stderr=subprocess.PIPE) as server:
-        deadline = time.monotonic() + 60
-        while not (ranks := _children(server.pid)) and time.monotonic() < deadline:
+        deadline, ranks = time.monotonic() + 60, list[int]()
+        while not ranks and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert ranks and list(tmp_path.glob("loramux-*"))
+            ranks = _children(server.pid) if list(tmp_path.glob("loramux-*")) else []
+        assert ranks
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=60)
     assert server.returncode == 130

@@ -121,7 +121,10 @@ class Team:
         for rank in range(1, self.size):
             ours, theirs = socket.socketpair()
             self._links[rank] = Link(ours)
-            self._processes[rank] = spawn(theirs, rank)
+            with self._changed:  # so that who ends this knows of every process
+                if self._closing:
+                    raise EngineStopped("the start was given up")
+                self._processes[rank] = spawn(theirs, rank)
             theirs.close()
             own = config.model_copy(update={"device": devices[rank]})
             self._links[rank].send(Start(rank, self.size, store, own, self._shared, threads))
@@ -218,17 +221,17 @@ class Team:
         """Tell them to leave, and see to it."""
         with self._changed:
             self._closing = True
-        for rank, process in self._processes.items():
-            link = self._links[rank]
+        for rank, link in self._links.items():
             with contextlib.suppress(OSError):
                 link.send(Stop())
-            try:
-                if self.lost is not None:
+            if (process := self._processes.get(rank)) is not None:
+                try:
+                    if self.lost is not None:
+                        process.kill()
+                    process.wait(LEAVE_S)
+                except subprocess.TimeoutExpired:
                     process.kill()
-                process.wait(LEAVE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                    process.wait()
             link.close()
 
     def leave(self) -> None:
@@ -252,10 +255,9 @@ class Team:
         """The interpreter leaves and nobody has ended this: a start on another thread, interrupted."""
         with self._changed:
             self._closing = True
-        processes = list(self._processes.values())
-        for process in processes:
+        for process in self._processes.values():
             process.kill()
-        for process in processes:
+        for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LEAVE_S)
         shutil.rmtree(self._folder, ignore_errors=True)
