@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -56,7 +57,10 @@ def test_a_server_interrupted_at_its_start_leaves_nothing(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     command = [sys.executable, "-m", "loramux", "serve", str(tiny_world.model), "--port", "0"]
     more = ["--tensor-parallel-size", "2", "--device", "cpu"]
-    with subprocess.Popen([*command, *more], stderr=subprocess.PIPE) as server:
+    # Whoever starts the tests in the background has them, and their children, ignore it.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    server = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, preexec_fn=heeding)
+    try:
         deadline, ranks = time.monotonic() + 60, list[int]()
         while not ranks and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -64,6 +68,9 @@ def test_a_server_interrupted_at_its_start_leaves_nothing(
         assert ranks
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.communicate()
     assert server.returncode == 130
     assert not list(tmp_path.glob("loramux-*"))
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
