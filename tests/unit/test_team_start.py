@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import tempfile
@@ -37,3 +38,10 @@ def test_an_interrupted_start_leaves_nothing(
     (process,) = spawned
     assert isinstance(process, subprocess.Popen) and process.poll() is not None
     assert not list(tmp_path.glob("loramux-*"))
+
+
+def test_a_forked_process_ends_nothing(tmp_path: Path) -> None:
+    forked = Team.__new__(Team)
+    forked._process, forked._folder = os.getppid(), str(tmp_path)
+    forked._abandon()
+    assert tmp_path.exists()

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -104,6 +105,7 @@ class Team:
         self._loading: dict[int, _Loading] = {}
         self._numbers = itertools.count()
         self._closing = False
+        self._process = os.getpid()
         self._links: dict[int, Link] = {}
         self._processes: dict[int, Process] = {}
         self._shared = devices[0].startswith("cuda") and len(set(devices)) < self.size
@@ -253,6 +255,8 @@ class Team:
 
     def _abandon(self) -> None:
         """The interpreter leaves and nobody has ended this: a start on another thread, interrupted."""
+        if os.getpid() != self._process:
+            return  # forked since: they are another's
         with self._changed:
             self._closing = True
         for process in self._processes.values():
