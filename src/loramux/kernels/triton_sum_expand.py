@@ -58,10 +58,20 @@ several tiles, one after the other, and it is sooner to let an expand's many pro
 
 
 @triton.jit
-def num_items(lora, TILES: tl.constexpr):
-    """Of the work, one at least: whoever is two epochs further must have heard of everybody in the epoch
+def begun(
+    lora, boxes, RANK: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    """This program, the end of the items of the work, the epoch, where its half of a mailbox begins and
+    where this rank's slot in it.
+
+    There is one item at least: whoever is two epochs further must have heard of everybody in the epoch
     between, so without rows a row is exchanged that counts for nothing."""
-    return tl.maximum(tl.load(lora.counts + 1), 1) * TILES
+    program = tl.program_id(0)
+    end = tl.maximum(tl.load(lora.counts + 1), 1) * TILES
+    wait(EARLY)
+    epoch = next_epoch(boxes.epochs)
+    half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
+    return program, end, epoch, half, half + RANK * boxes.slot_words
 
 
 @triton.jit
@@ -91,7 +101,7 @@ def _h_at(rows, end, row_words, WIDTH: tl.constexpr, column, ranks, bound):
 
 
 @triton.jit
-def b_words(b, p, ranks, bound, places, WIDTH: tl.constexpr):
+def _b_words(b, p, ranks, bound, places, WIDTH: tl.constexpr):
     """Rows p + `ranks` of b [R, WIDTH], up to `bound`, at `places` of words: [RANKS, COLS / 2]."""
     at = (p + ranks).to(tl.int64)[:, None] * (WIDTH // 2) + places[None, :]
     return tl.load(b + at, mask=(ranks < bound)[:, None], other=0)
@@ -132,7 +142,7 @@ def send_shrunk(
 
 
 @triton.jit
-def summed(
+def _summed(
     z, at, mask, boxes, mailbox, epoch,
     RANK: tl.constexpr, SIZE: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
@@ -154,22 +164,22 @@ def summed_with_delta(
     RANK: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, B_WIDTH: tl.constexpr,
     ELEMENT: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """As `summed` of the words at `at`, with the deltas of a chunk's `rows`: B's words at `places`, and
+    """As `_summed` of the words at `at`, with the deltas of a chunk's `rows`: B's words at `places`, and
     of h the sums of all ranks."""
     b = lora.b.to(tl.pointer_type(tl.int32), bitcast=True)
     ranks = tl.arange(0, RANKS)
     p, column, scale, bound = chunk[4], chunk[5], chunk[6], chunk[7]
     r, factor = rank_and_factor(lora, 0, p, scale, bound)
-    b_word = b_words(b, p, ranks, bound, places, B_WIDTH)  # before anybody is waited for
-    low, high = summed(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+    b_word = _b_words(b, p, ranks, bound, places, B_WIDTH)  # before anybody is waited for
+    low, high = _summed(z, at, mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
     delta_low = tl.trans(tl.zeros_like(low))
     delta_high = delta_low
     for member in range(chunk[2], chunk[3]):
         for k in range(0, bound, RANKS):
             if k > 0:
-                b_word = b_words(b, p, k + ranks, bound, places, B_WIDTH)
+                b_word = _b_words(b, p, k + ranks, bound, places, B_WIDTH)
             h_at, h_mask = _h_at(rows, chunk[1], row_words, WIDTH, column, k + ranks, bound)
-            one, two = summed(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
+            one, two = _summed(z, h_at, h_mask, boxes, mailbox, epoch, RANK, SIZE, ELEMENT)
             h = tl.where(((column + k + ranks) % 2 == 1)[None, :], two, one)
             h = tl.where((k + ranks < r)[None, :], h, 0.0).to(ELEMENT)  # [ROWS, RANKS]
             b_word = tl.where((k + ranks < r)[:, None], b_word, 0)  # [RANKS, COLS / 2]
@@ -179,7 +189,7 @@ def summed_with_delta(
             delta_high += product(tl.trans(b_high), tl.trans(h)) * factor
         p, column, scale, bound, _affine = member_after(lora, p, member, chunk[3])
         r, factor = rank_and_factor(lora, 0, p, scale, bound)
-        b_word = b_words(b, p, ranks, bound, places, B_WIDTH)
+        b_word = _b_words(b, p, ranks, bound, places, B_WIDTH)
     return low + tl.trans(delta_low), high + tl.trans(delta_high)
 
 
@@ -193,12 +203,7 @@ def _sum_and_expand(
     and the delta of the sums of the others."""
     TILES: tl.constexpr = WIDTH // COLS
     z = z.to(tl.pointer_type(tl.int32), bitcast=True)
-    program = tl.program_id(0)
-    end = num_items(lora, TILES)
-    wait(EARLY)
-    epoch = next_epoch(boxes.epochs)
-    half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
-    slot = half + RANK * boxes.slot_words
+    program, end, epoch, half, slot = begun(lora, boxes, RANK, SIZE, TILES, EARLY)
     for item in range(program, end, tl.num_programs(0)):
         chunk, places = item_at(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):

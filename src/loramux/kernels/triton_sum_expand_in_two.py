@@ -21,22 +21,21 @@ from loramux.kernels.triton_delta import packed, tile_columns
 from loramux.kernels.triton_exchange import (
     ELEMENTS,
     Mailboxes,
-    next_epoch,
     num_words,
     received,
     send,
     word_of,
 )
-from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
+from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2
 from loramux.kernels.triton_sum_expand import (
     COLUMNS,
     LEAST_COLUMNS,
     MOST_COLUMNS,
     RANKS,
     ROWS,
+    begun,
     fits,
     item_at,
-    num_items,
     rows_from,
     send_shrunk,
     sends_shrunk,
@@ -57,12 +56,7 @@ def _sum_and_expand_in_two(
     TILES: tl.constexpr = WIDTH // SIZE // COLS
     B_FIRST: tl.constexpr = RANK * SHARE if B_WIDTH == WIDTH else 0
     z = z.to(tl.pointer_type(tl.int32), bitcast=True)
-    program = tl.program_id(0)
-    end = num_items(lora, TILES)
-    wait(EARLY)
-    epoch = next_epoch(boxes.epochs)
-    half = (epoch & 1).to(tl.int64) * SIZE * boxes.slot_words
-    slot = half + RANK * boxes.slot_words
+    program, end, epoch, half, slot = begun(lora, boxes, RANK, SIZE, TILES, EARLY)
     for item in range(program, end, tl.num_programs(0)):
         chunk, places = item_at(lora, item, TILES, COLS)
         for first in range(chunk[0], chunk[1], ROWS):
@@ -107,7 +101,7 @@ def _sum_and_expand_in_two(
 
 def _tile(columns: int, size: int) -> int:
     """Columns of a rank's tile: half of one in one round, and less where ranks are many, whose shares
-    are small. Less than that among four takes more registers than there are."""
+    are small. Narrower ones among four had the compiler spill registers."""
     most = max(LEAST_COLUMNS, min(COLUMNS // 2, 2 * COLUMNS // next_power_of_2(size)))
     return tile_columns((0, columns // size), most)
 

@@ -7,8 +7,8 @@
 
 x' is this rank's part of the input, y its part of the base product (column) or its partial sum (row).
 By default y and h of a row layer stand side by side and one all-reduce sums both. In small steps of
-few adapters the same kernel adds the delta, else the op that follows anyway. Where a step has no work
-list (CPUs), reduce(y + B h) does it.
+few adapters one kernel sums both and adds the delta, fully sharded too; else by default the op adds it
+that follows anyway. Where a step has no work list (CPUs), reduce(y + B h) does it.
 """
 
 from __future__ import annotations
