@@ -105,7 +105,7 @@ class Team:
         self._loading: dict[int, _Loading] = {}
         self._numbers = itertools.count()
         self._closing = False
-        self._process = os.getpid()
+        self._owner = os.getpid()
         self._links: dict[int, Link] = {}
         self._processes: dict[int, Process] = {}
         self._shared = devices[0].startswith("cuda") and len(set(devices)) < self.size
@@ -124,8 +124,8 @@ class Team:
             ours, theirs = socket.socketpair()
             self._links[rank] = Link(ours)
             with self._changed:  # so that who ends this knows of every process
-                if self._closing:
-                    raise EngineStopped("the start was given up")
+                if self._closing or self.lost is not None:
+                    raise self.lost or EngineStopped("the start was given up")
                 self._processes[rank] = spawn(theirs, rank)
             theirs.close()
             own = config.model_copy(update={"device": devices[rank]})
@@ -255,7 +255,7 @@ class Team:
 
     def _abandon(self) -> None:
         """The interpreter leaves and nobody has ended this: a start on another thread, interrupted."""
-        if os.getpid() != self._process:
+        if os.getpid() != self._owner:
             return  # forked since: they are another's
         with self._changed:
             self._closing = True
