@@ -93,6 +93,26 @@ def test_steps_of_16_bits_add_deltas_in_their_sums(
     assert agreed >= 12
 
 
+@pytest.mark.multigpu
+def test_every_engine_of_a_process_has_mailboxes(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which torch counts those before, on rank 0 alone."""
+    exchange = pytest.importorskip("loramux.parallel.exchange").Exchange
+    calls: list[torch.Size] = []
+    real = exchange.sum
+
+    def counted(self: Any, parts: torch.Tensor, out: torch.Tensor) -> Any:
+        calls.append(parts.shape)
+        return real(self, parts, out)
+
+    monkeypatch.setattr(exchange, "sum", counted)
+    for _ in range(2):
+        calls.clear()
+        with LLM(str(tiny_world.model), device="cuda", tensor_parallel_size=2, enforce_eager=True):
+            assert calls
+
+
 def _likelihoods(output: Any) -> list[tuple[int, float]]:
     pairs = zip(output.token_ids, output.logprobs, strict=True)
     return [(token, of_step[token].logprob) for token, of_step in pairs]

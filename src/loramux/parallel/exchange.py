@@ -26,6 +26,7 @@ from loramux.kernels.triton_exchange import (
     most_words,
     words_of,
 )
+from loramux.parallel.numbered_store import NumberedStore
 
 if TYPE_CHECKING:
     from loramux.parallel.group import Group
@@ -170,6 +171,7 @@ def _out_of_reach(group: Group, device: torch.device) -> str | None:
 
 def _open(group: Group, store: Any, name: str, device: torch.device) -> Exchange:
     c10d: Any = torch._C._distributed_c10d
+    store = NumberedStore(store)
     owner = c10d.ProcessGroup(store, group.rank, group.size)  # of which only name and store matter
     owner._set_group_name(name)
     c10d._register_process_group(name, owner)
@@ -178,7 +180,7 @@ def _open(group: Group, store: Any, name: str, device: torch.device) -> Exchange
     except Exception:
         c10d._unregister_process_group(name)
         raise
-    return Exchange(mailboxes, memory, lambda: c10d._unregister_process_group(name))
+    return Exchange(mailboxes, (memory, store), lambda: c10d._unregister_process_group(name))
 
 
 def _allocate(rank: int, size: int, name: str, device: torch.device) -> tuple[Mailboxes, Any]:
