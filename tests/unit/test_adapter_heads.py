@@ -168,7 +168,9 @@ WEIGHT_REFUSALS: list[tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]]
 ]
 
 
-@pytest.mark.parametrize(("edit", "word"), [c[1:] for c in WEIGHT_REFUSALS], ids=lambda c: str(c))
+@pytest.mark.parametrize(
+    ("edit", "word"), [c[1:] for c in WEIGHT_REFUSALS], ids=[c[0] for c in WEIGHT_REFUSALS]
+)
 def test_weight_refusals(
     adapter: Path, schema: ModelSchema, edit: Callable[[Any], Any], word: str
 ) -> None:
