@@ -14,7 +14,7 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-START_TIMEOUT_S = 120.0
+PATIENCE_S = 300.0  # a replica is a process that imports torch, which takes a while on busy cores
 
 
 class FleetServer:
@@ -28,7 +28,7 @@ class FleetServer:
         line = self.process.stdout.readline()
         assert line.startswith("Listening on "), "the server ended before it listened"
         self.url = line.removeprefix("Listening on ").strip()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
     def __enter__(self) -> Self:
         return self
@@ -37,7 +37,7 @@ class FleetServer:
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(60)
+            self.process.wait(PATIENCE_S)
 
     def complete(self, **body: Any) -> httpx.Response:
         settings = {"model": "base", "prompt": "hey", "max_tokens": 2, "temperature": 0}
@@ -79,7 +79,7 @@ def descendants(pid: int) -> list[int]:
     return children + [further for child in children for further in descendants(child)]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
