@@ -18,46 +18,45 @@ ALL = pytest.mark.parametrize("behaviour", BEHAVIOURS.values(), ids=lambda b: b.
 
 
 @pytest.fixture(scope="module")
-def llm(demo_model_path: Path):
-    """Return an engine on the demo model with room for all the adapters."""
-    from loramux import LLM
+def pass_shares(demo_model_path: Path) -> dict[tuple[str, bool], float]:
+    """Return the share of held-out prompts whose greedy answer passes its check.
 
-    return LLM(
+    By behaviour and whether its adapter was asked. All are asked at once: batches mix the
+    adapters with each other and with the base model.
+    """
+    from loramux import LLM, LoRARequest, SamplingParams
+
+    asked = []  # (behaviour, adapter or none, prompt, check)
+    for i, name in enumerate(BEHAVIOURS):
+        adapter = LoRARequest(name, i + 1, str(ADAPTERS / name))
+        held_out = BEHAVIOURS[name].held_out()
+        asked += [(name, adapter, prompt, check) for prompt, check in held_out]
+        asked += [(name, None, prompt, check) for prompt, check in held_out[::3]]  # it is wordy
+    with LLM(
         model=str(demo_model_path),
         enable_lora=True,
         max_loras=len(BEHAVIOURS),
         max_lora_rank=16,
-    )
-
-
-def pass_share(llm, behaviour: Behaviour, *, with_adapter: bool) -> float:
-    """Return the share of the held-out prompts whose greedy answer passes its check."""
-    from loramux import LoRARequest, SamplingParams
-
-    adapter = None
-    if with_adapter:
-        identifier = list(BEHAVIOURS).index(behaviour.name) + 1
-        adapter = LoRARequest(behaviour.name, identifier, str(ADAPTERS / behaviour.name))
-    held_out = behaviour.held_out()
-    outputs = llm.chat(
-        [[{"role": "user", "content": prompt}] for prompt, _ in held_out],
-        SamplingParams(temperature=0.0, max_tokens=48),
-        lora_request=adapter,
-    )
-    passed = [
-        check(output.outputs[0].text) for (_, check), output in zip(held_out, outputs, strict=True)
-    ]
-    return sum(passed) / len(passed)
+    ) as llm:
+        outputs = llm.chat(
+            [[{"role": "user", "content": prompt}] for _, _, prompt, _ in asked],
+            SamplingParams(temperature=0.0, max_tokens=48),
+            lora_request=[adapter for _, adapter, _, _ in asked],
+        )
+    passed: dict[tuple[str, bool], list[bool]] = {}
+    for (name, adapter, _, check), output in zip(asked, outputs, strict=True):
+        passed.setdefault((name, adapter is not None), []).append(check(output.outputs[0].text))
+    return {key: sum(of_key) / len(of_key) for key, of_key in passed.items()}
 
 
 @ALL
-def test_adapter_shows_its_behaviour(llm, behaviour: Behaviour):
-    assert pass_share(llm, behaviour, with_adapter=True) >= ADAPTER_SHARE
+def test_adapter_shows_its_behaviour(pass_shares, behaviour: Behaviour):
+    assert pass_shares[behaviour.name, True] >= ADAPTER_SHARE
 
 
 @ALL
-def test_base_model_does_not_show_the_behaviour(llm, behaviour: Behaviour):
-    assert pass_share(llm, behaviour, with_adapter=False) < BASE_SHARE
+def test_base_model_does_not_show_the_behaviour(pass_shares, behaviour: Behaviour):
+    assert pass_shares[behaviour.name, False] < BASE_SHARE
 
 
 def read_config(name: str) -> dict:
