@@ -1,10 +1,15 @@
-"""Shared by all tests: the tiny model, and a skip where a marker asks for a GPU that is not there."""
+"""Shared by all tests: the tiny model, how many processes, and a skip where a GPU is not there."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
+# Test processes share the cores. OpenMP reads this when torch is imported: threads that spin while
+# they wait for the others would make two processes slower than one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Triton reads this when it is imported, and transformers does that: without a GPU it interprets.
@@ -21,6 +26,12 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 def num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process a core, of two gigabytes each; one where the tests share a GPU."""
+    return 1 if num_gpus() else min(os.cpu_count() or 1, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
