@@ -29,9 +29,8 @@ def pass_shares(demo_model_path: Path) -> dict[tuple[str, bool], float]:
     asked = []  # (behaviour, adapter or none, prompt, check)
     for i, name in enumerate(BEHAVIOURS):
         adapter = LoRARequest(name, i + 1, str(ADAPTERS / name))
-        held_out = BEHAVIOURS[name].held_out()
-        asked += [(name, adapter, prompt, check) for prompt, check in held_out]
-        asked += [(name, None, prompt, check) for prompt, check in held_out[::3]]  # it is wordy
+        for prompt, check in BEHAVIOURS[name].held_out():
+            asked += [(name, adapter, prompt, check), (name, None, prompt, check)]
     with LLM(
         model=str(demo_model_path),
         enable_lora=True,
