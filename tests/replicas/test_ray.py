@@ -89,13 +89,18 @@ def test_the_api_is_the_single_servers(server: FleetServer) -> None:
 def test_a_stream_comes_while_it_is_made_and_ends_when_its_client_leaves(
     server: FleetServer,
 ) -> None:
+    def num_steps() -> float:
+        return sum(server.samples("loramux_engine_steps_total").values())
+
     body = {"model": "n1", "prompt": "hey", "stream": True, **LONG, "max_tokens": 3500}
+    before = num_steps()
     with server.client.stream("POST", "/v1/completions", json=body) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith("data: {")
         running = server.samples("loramux_requests_running")
         assert sum(running.values()) == 1
-    wait_until(lambda: sum(server.samples("loramux_requests_running").values()) == 0, 10)
+    wait_until(lambda: sum(server.samples("loramux_requests_running").values()) == 0)
+    assert num_steps() - before < 3500  # or it was made to its end
 
 
 def test_a_live_load_is_on_both_replicas_or_on_none(server: FleetServer) -> None:
