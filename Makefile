@@ -34,7 +34,7 @@ serve: .venv/.runtime ## Serve the demo model with the demo adapters (HOST, PORT
 	  $(if $(LORA_MODULES),--lora-modules $(LORA_MODULES)) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: .venv/.installed ## Run all tests, lint and types included, on all cores
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 fuzz: .venv/.installed ## Try 20,000 hostile adapters on the reader (CASES, ARGS); minutes, for every night
 	LORAMUX_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/unit/test_adapter_fuzz.py $(ARGS)

@@ -29,9 +29,9 @@ def num_gpus() -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """`-n auto`: a process a core, of two gigabytes each; one where the tests share a GPU."""
-    return 1 if num_gpus() else min(os.cpu_count() or 1, 8)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: no process but this one where the tests share a GPU; else xdist's own count."""
+    return 0 if num_gpus() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
