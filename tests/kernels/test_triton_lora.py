@@ -78,6 +78,21 @@ def test_expand_of_parts_and_slices(
     check_expand(torch.randn(TOKENS, starts[-1]).bfloat16(), case.expand, device)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("known, at_once", [(0, 16), (16, 16), (24, 32), (64, 64), (256, 64)])
+def test_ranks_that_a_tile_takes_at_once(
+    known: int, at_once: int, dtype: torch.dtype, device: str
+) -> None:
+    """As many as there may be, where all tiles run at once; the answer does not depend on it."""
+    expand = make_case((0, 256, 512), RANKS, SPANS, TOKENS, rows_per_chunk=8, dtype=dtype).expand
+    expand = replace(expand, work=replace(expand.work, max_ranks=known))
+    check_expand(torch.randn(TOKENS, 512).to(dtype), expand, device)
+    placed = expand_to(expand, device)
+    at_once = min(at_once, 32) if dtype == F32 else at_once
+    assert triton_delta.tile_arguments(placed, 4)["RANKS"] == at_once
+    assert triton_delta.tile_arguments(placed, 4096)["RANKS"] == 16
+
+
 def test_no_chunks_with_members_and_no_chunks_at_all(device: str) -> None:
     y = torch.randn(8, 32)
     for spans in ([(0, 8, [])], []):

@@ -81,6 +81,7 @@ def make_work(
         rows_per_chunk=rows_per_chunk,
         max_chunks=len(chunks) + 2,
         affine=any(r >= AFFINE for r in ranks.values()),
+        max_ranks=max((r % AFFINE for r in ranks.values()), default=0),
     )
 
 

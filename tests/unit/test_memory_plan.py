@@ -22,7 +22,7 @@ from loramux.config.memory import (
 from loramux.config.memory_advice import out_of_memory, weights_do_not_fit
 from loramux.engine.graphs import graph_keys
 from loramux.engine.memory_table import summary
-from loramux.engine.packing import Capacity, PackedStep
+from loramux.engine.packing import Capacity, PackedStep, capacities
 from loramux.errors import ConfigError
 from loramux.layers.vocabulary import VocabularyPool, VocabularyShape
 
@@ -144,6 +144,14 @@ def test_packed_steps_are_no_larger_than_planned(
         for n in (sequences, max(tokens, sequences))
     ]
     assert sum(step.device.nbytes for step in steps) <= packed_bytes(config)
+
+
+@pytest.mark.parametrize("lora, ranks", [(None, 0), (LoRAConfig(max_lora_rank=64), 64)])
+def test_steps_know_the_largest_rank(lora: LoRAConfig | None, ranks: int) -> None:
+    config = _config(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100, lora=lora)
+    for capacity in capacities(config, 4, 16)[1:]:
+        step = PackedStep(capacity, torch.device("cpu"))
+        assert step.work(1, 8, affine=False).max_ranks == ranks
 
 
 def test_a_cpu_keeps_its_share() -> None:

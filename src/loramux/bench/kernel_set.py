@@ -152,6 +152,7 @@ class KernelSet:
             member_ranks=ints([self.r] * adapters),
             rows_per_chunk=rows_per_chunk,
             max_chunks=len(chunks),
+            max_ranks=self.r,
         )
 
     def _random(self, *shape: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Capacity:
     sequences: int
     members: int  # of all parts of rows: a row in which an adapter begins has the others twice
     pages: int  # blocks of all sequences together
+    ranks: int = 0  # rank rows of a member, see `WorkList.max_ranks`
 
     def fields(self) -> dict[str, int]:
         """Name -> length, in the order in which they stand; the longest last, seldom copied whole."""
@@ -75,10 +76,11 @@ def capacities(
     few = min(members, MEMBERS_A_ROW * largest)
     room = pages + largest + REREAD_POSITIONS // block_size
     tokens = max(config.max_num_batched_tokens, sequences)
+    ranks = config.lora.max_lora_rank if config.lora else 0
     return (
         blocks,
-        Capacity(largest, largest, few, room),
-        Capacity(tokens, sequences, 2 * members, pages),
+        Capacity(largest, largest, few, room, ranks),
+        Capacity(tokens, sequences, 2 * members, pages, ranks),
     )
 
 
@@ -155,6 +157,7 @@ class PackedStep:
             rows_per_chunk=rows_per_chunk,
             max_chunks=chunks,
             affine=affine,
+            max_ranks=self.capacity.ranks,
         )
 
     def arrays(self, host: torch.Tensor) -> dict[str, Array]:

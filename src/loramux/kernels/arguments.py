@@ -166,6 +166,10 @@ class WorkList:
     affine: bool = False
     """Whether any member may have gains and shifts: kernels without them are a little faster."""
 
+    max_ranks: int = 0
+    """The most rank rows that a member may have, 0 where that is not known. Kernels ask for so many at
+    once where that is faster; answers do not depend on it."""
+
     notes: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 

@@ -16,7 +16,7 @@ import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from loramux.kernels.arguments import AFFINE, Expand, LoRASite, WorkList
+from loramux.kernels.arguments import AFFINE, ONE_PLACE, Expand, LoRASite, WorkList
 from loramux.kernels.triton_launch import Known, facts_of
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -36,13 +36,21 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
+    ranks: int
     warps: int
 
 
-TILE = Tile(8, COLUMNS, 2)
-"""The fastest on an H100, for decode steps of 1 to 256 tokens."""
+TILE = Tile(8, COLUMNS, 16, 2)
+"""The fastest on an H100, for decode steps of 1 to 256 tokens and ranks of up to 16."""
 
-LARGE_TILE = Tile(16, COLUMNS, 4)
+WIDE_TILES = ((16, TILE), (32, Tile(8, COLUMNS, 32, 4)), (ONE_PLACE, Tile(8, COLUMNS, 64, 4)))
+"""For ranks of up to so many, where all tiles run at once: a tile asks for its b in one go, not for 16
+ranks after another. Where some tiles wait for others, those of fewer registers are as fast or faster."""
+
+WIDE_PROGRAMS_PER_UNIT = 3
+"""Of the largest of them, in a gate, so many run at once on a multiprocessor (144 registers, H100)."""
+
+LARGE_TILE = Tile(16, COLUMNS, 16, 4)
 """The same for steps with larger chunks: with 8,192 tokens as fast as `TILE` at rank 16, up to 15 %
 faster at ranks 32 to 128, where a tile loads more of b than of its own."""
 
@@ -98,11 +106,17 @@ def packed(site: LoRASite, h: torch.Tensor, work: WorkList) -> Known:
 
 
 @cache
+def _units(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 64  # interpreted: enough that small cases get all kinds of tiles
+    units: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return units
+
+
 def _most_programs(device: torch.device) -> int:
     if device.type == "cpu":
         return 5  # interpreted: few, so that the tests see programs loop
-    units: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return units * PROGRAMS_PER_UNIT
+    return _units(device) * PROGRAMS_PER_UNIT
 
 
 def programs(items: int, device: torch.device) -> tuple[int]:
@@ -302,7 +316,7 @@ def chunk_delta(
 def _h_tile(
     lora, rows, live, s, column, ranks, r, SLICES: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """h [ROWS, 16] at `ranks`, zeros from rank `r` on: the load does not wait for `r`."""
+    """h [ROWS, RANKS] at `ranks`, zeros from rank `r` on: the load does not wait for `r`."""
     at = (column + ranks) * SLICES + s
     inside = at < lora.h_width
     at = rows.to(tl.int64)[:, None] * lora.row_stride + at[None, :]
@@ -314,6 +328,7 @@ def _h_tile(
 def tile_delta(
     lora, chunk, rows, live, s, columns, other_s, other_columns, column_mask,
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, PAIR: tl.constexpr,
+    RANKS: tl.constexpr,
 ):  # fmt: skip
     """The deltas [ROWS, COLS] float32 of rows of a chunk at `columns`, which lie in slice `s`, and
     with `PAIR` at `other_columns` in slice `other_s`; and the gains [COLS] of the output before, at
@@ -338,9 +353,9 @@ def tile_delta(
             )  # fmt: skip
         r, factor = rank_and_factor(lora, s, p, scale, bound)
         other_r, other_factor = rank_and_factor(lora, other_s, p, scale, bound)
-        for k in range(0, bound, 16):
-            ranks = k + tl.arange(0, 16)
-            b = b_tile(lora, p, ranks, bound, r, columns, column_mask, WIDTH)  # [16, COLS]
+        for k in range(0, bound, RANKS):
+            ranks = k + tl.arange(0, RANKS)
+            b = b_tile(lora, p, ranks, bound, r, columns, column_mask, WIDTH)  # [RANKS, COLS]
             h = _h_tile(lora, rows, live, s, column, ranks, r, SLICES, PARTS)
             if PAIR:
                 other_b = b_tile(
@@ -368,10 +383,16 @@ def tile_columns(slice_starts: tuple[int, ...], width: int = COLUMNS) -> int:
     return width if width >= 16 else 0
 
 
-def tile_arguments(work: WorkList) -> dict[str, Any]:
-    """What the kernels in such tiles take beside their columns."""
-    tile = LARGE_TILE if work.rows_per_chunk > LARGE_CHUNK else TILE
-    return {"ROWS": tile.rows, "num_warps": tile.warps, "num_stages": 1}
+def tile_arguments(expand: Expand, tiles: int) -> dict[str, Any]:
+    """What the kernels with `tiles` tiles a chunk take beside their columns."""
+    work, tile = expand.work, TILE
+    if work.rows_per_chunk > LARGE_CHUNK:
+        tile = LARGE_TILE
+    elif work.max_chunks * tiles <= _units(expand.h.device) * WIDE_PROGRAMS_PER_UNIT:
+        # 64 ranks of a gate in float32 are 70 KB of shared memory, which not every GPU has.
+        ranks = min(work.max_ranks, 32) if expand.site.b.element_size() > 2 else work.max_ranks
+        tile = next(tile for most, tile in WIDE_TILES if ranks <= most)
+    return {"ROWS": tile.rows, "RANKS": tile.ranks, "num_warps": tile.warps, "num_stages": 1}
 
 
 def kernel_arguments(expand: Expand | None) -> dict[str, Any]:

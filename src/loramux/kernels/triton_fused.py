@@ -102,7 +102,7 @@ def _gated_tiles(
     gate, gate_stride, up, up_stride, out, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, SIZE: tl.constexpr,
     COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = SIZE // COLS
     dtype: tl.constexpr = gate.dtype.element_ty
@@ -136,6 +136,7 @@ def _gated_tiles(
                 PARTS,
                 AFFINE,
                 True,
+                RANKS,
             )
             one = with_delta(left.to(tl.float32), gain, one, AFFINE)  # [ROWS, COLS]
             other = with_delta(right.to(tl.float32), other_gain, other, AFFINE)  # [ROWS, COLS]
@@ -161,7 +162,7 @@ def _run_gated(
             SIZE=size,
             COLS=width,
             ACTIVATION=activation,
-            **tile_arguments(expand.work),
+            **tile_arguments(expand, size // width),
         )
         return out  # [T, I]
     if expand is None:

@@ -74,7 +74,7 @@ def _expand(
 def _expand_tiles(
     y, y_stride, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, COLS: tl.constexpr,
-    ROWS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = STARTS[len(STARTS) - 1]
     TILES: tl.constexpr = WIDTH // COLS
@@ -107,6 +107,7 @@ def _expand_tiles(
                     PARTS,
                     AFFINE,
                     False,
+                    RANKS,
                 )
                 total = with_delta(value.to(tl.float32), gain, delta, AFFINE)
                 tl.store(at, rounded(total, y.dtype.element_ty), mask=live[:, None])
@@ -118,8 +119,9 @@ def lora_expand(y: torch.Tensor, expand: Expand) -> None:
     arguments, lora = (y, y.stride(0)), kernel_arguments(expand)
     width = tile_columns(expand.site.slice_starts)
     if width:
-        grid = tile_programs(expand, y.shape[1] // width)
-        launch(_expand_tiles, grid, arguments, **lora, COLS=width, **tile_arguments(expand.work))
+        tiles = y.shape[1] // width
+        grid, tile = tile_programs(expand, tiles), tile_arguments(expand, tiles)
+        launch(_expand_tiles, grid, arguments, **lora, COLS=width, **tile)
         return
     rows = max(MATRIX_ROWS, expand.work.rows_per_chunk)
     launch(

@@ -25,10 +25,10 @@ from loramux.kernels.triton_delta import (
 from loramux.kernels.triton_launch import cdiv, launch, next_power_of_2, wait
 from loramux.kernels.triton_lora import lora_expand
 
-TILE = Tile(16, 128, 4)
+TILE = Tile(16, 128, 16, 4)
 """Where a norm takes its delta by matrix products; chunks of no more rows are expanded before it."""
 
-LARGE_TILE, MANY_CHUNKS = Tile(64, 128, 8), 96
+LARGE_TILE, MANY_CHUNKS = Tile(64, 128, 16, 8), 96
 """The same for so many chunks, which are programs enough for a GPU. With 8,192 tokens of an H100 it
 takes 168, 199 and 241 us at ranks 16, 64 and 128, where the other takes 180, 279 and 322."""
 
@@ -158,8 +158,8 @@ def _norm_tiles(
 def _add_norm_tiles(
     x, x_stride, residual, residual_stride, weight, post_weight, out, total, eps, lora,
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, TILES: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, MODE: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+    MODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """For many rows: `TILES` tiles a chunk, so that one load of b serves `ROWS` rows.
 
@@ -193,6 +193,7 @@ def _add_norm_tiles(
                 PARTS,
                 AFFINE,
                 False,
+                RANKS,
             )
             value = with_delta(value, gain, delta, AFFINE)
             value = rounded(value, residual.dtype.element_ty)
@@ -256,6 +257,7 @@ def add_rms_norm(
             SIZE=size,
             ROWS=tile.rows,
             COLS=min(tile.columns, next_power_of_2(size)),
+            RANKS=tile.ranks,
             MODE=mode,
             num_warps=tile.warps,
             num_stages=1,

@@ -133,7 +133,7 @@ def _tile_of_head(
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """One head of `rows`."""
     REST: tl.constexpr = D - 2 * HALF
@@ -148,7 +148,7 @@ def _tile_of_head(
     inside = tl.arange(0, HALF_BLOCK)
     low_delta, high_delta, low_gain, high_gain = tile_delta(
         lora, chunk, rows, live, s, at + inside, s, at + HALF + inside, inside < HALF, STARTS,
-        PARTS, AFFINE, True,
+        PARTS, AFFINE, True, RANKS,
     )  # fmt: skip
     low, high = (
         _whole(low, low_gain, low_delta, AFFINE),
@@ -173,6 +173,7 @@ def _tile_of_head(
             PARTS,
             AFFINE,
             False,
+            RANKS,
         )
         rest = _whole(rest, gain, delta, AFFINE)
     finish_head(
@@ -187,7 +188,7 @@ def _rope_kv_tiles(
     STARTS: tl.constexpr, PARTS: tl.constexpr, AFFINE: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    MODE: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     item = tl.program_id(0)
@@ -202,6 +203,7 @@ def _rope_kv_tiles(
             _tile_of_head(
                 qkv, qkv_stride, k_cache, v_cache, heads, lora, chunk, rows, head, s, STARTS,
                 PARTS, AFFINE, HEADS, KV_HEADS, D, HALF, HALF_BLOCK, REST_BLOCK, BLOCK_SIZE, MODE,
+                RANKS,
             )  # fmt: skip
         item += tl.num_programs(0)
 
@@ -241,7 +243,7 @@ def rope_kv(
     }
     lora = kernel_arguments(expand)
     if expand is not None and all(start % size == 0 for start in expand.site.slice_starts):
-        grid, tile = tile_programs(expand, everything), tile_arguments(expand.work)
+        grid, tile = tile_programs(expand, everything), tile_arguments(expand, everything)
         launch(_rope_kv_tiles, grid, arguments, **lora, **shapes, **tile, enable_fp_fusion=False)
         return q  # [T, H, D]
     if expand is None:
