@@ -16,7 +16,7 @@ import torch
 import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-from loramux.kernels.arguments import AFFINE, ONE_PLACE, Expand, LoRASite, WorkList
+from loramux.kernels.arguments import AFFINE, Expand, LoRASite, WorkList
 from loramux.kernels.triton_launch import Known, facts_of
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -43,12 +43,12 @@ class Tile(NamedTuple):
 TILE = Tile(8, COLUMNS, 16, 2)
 """The fastest on an H100, for decode steps of 1 to 256 tokens and ranks of up to 16."""
 
-WIDE_TILES = ((16, TILE), (32, Tile(8, COLUMNS, 32, 4)), (ONE_PLACE, Tile(8, COLUMNS, 64, 4)))
-"""For ranks of up to so many, where all tiles run at once: a tile asks for its b in one go, not for 16
-ranks after another. Where some tiles wait for others, those of fewer registers are as fast or faster."""
+WIDE_TILES = (TILE, Tile(8, COLUMNS, 32, 4), Tile(8, COLUMNS, 64, 4))
+"""The same where all tiles run at once, the first that holds the largest rank: it asks for b in one go,
+not for 16 ranks after another. Where tiles wait for others, `TILE` needs fewer registers."""
 
 WIDE_PROGRAMS_PER_UNIT = 3
-"""Of the largest of them, in a gate, so many run at once on a multiprocessor (144 registers, H100)."""
+"""So many of the widest run at once on an H100's multiprocessor, in a gate (144 registers)."""
 
 LARGE_TILE = Tile(16, COLUMNS, 16, 4)
 """The same for steps with larger chunks: with 8,192 tokens as fast as `TILE` at rank 16, up to 15 %
@@ -391,7 +391,7 @@ def tile_arguments(expand: Expand, tiles: int) -> dict[str, Any]:
     elif work.max_chunks * tiles <= _units(expand.h.device) * WIDE_PROGRAMS_PER_UNIT:
         # 64 ranks of a gate in float32 are 70 KB of shared memory, which not every GPU has.
         ranks = min(work.max_ranks, 32) if expand.site.b.element_size() > 2 else work.max_ranks
-        tile = next(tile for most, tile in WIDE_TILES if ranks <= most)
+        tile = next((tile for tile in WIDE_TILES if ranks <= tile.ranks), WIDE_TILES[-1])
     return {"ROWS": tile.rows, "RANKS": tile.ranks, "num_warps": tile.warps, "num_stages": 1}
 
 
